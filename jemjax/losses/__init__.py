@@ -1,0 +1,35 @@
+"""Losses: pure functions from arrays to a scalar, right on any number of devices.
+
+They import jax only, work bare and under `jit`, `grad`, `vmap`, `shard_map` and `pmap`,
+are computed in float32 whatever the embeddings' dtype (float64 for float64), and are
+finite with finite gradients wherever the exact value fits.
+
+With ``axis_name`` the arrays are one shard of the global batch, and the result is the
+loss of the whole batch, the same scalar on every shard. A gradient taken inside
+`pmap`, `vmap(axis_name=...)` or `shard_map(check_vma=False)` is one shard's part:
+apply `jax.lax.pmean` to the gradients of parameters there, as data-parallel steps do.
+"""
+
+from jemjax.losses.covariance import (
+    BarlowTwinsTerms,
+    VICRegTerms,
+    barlow_twins,
+    barlow_twins_terms,
+    covariance_penalty,
+    lecture_energy,
+    variance_hinge,
+    vicreg,
+    vicreg_terms,
+)
+
+__all__ = [
+    "BarlowTwinsTerms",
+    "VICRegTerms",
+    "barlow_twins",
+    "barlow_twins_terms",
+    "covariance_penalty",
+    "lecture_energy",
+    "variance_hinge",
+    "vicreg",
+    "vicreg_terms",
+]

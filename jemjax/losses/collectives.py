@@ -1,0 +1,88 @@
+"""Sums over the global batch, wherever its rows live.
+
+Every loss is written once, for the rows it is given. With ``axis_name`` those rows are
+one shard of the global batch, and the functions here reach the others; without, they
+are the whole batch and nothing is sent. Two rules make the gradients right in every
+context (`jit`, `shard_map`, `vmap`, `pmap`): a loss ends in a sum over the shards, so
+it is the same scalar on each of them; and nothing that is sent is left out of the
+differentiation, but for shifts and scales that cancel in the loss.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec, reshard
+
+AxisName = str | tuple[str, ...] | None
+
+
+def axis_size(axis_name: AxisName) -> int:
+    """The number of shards of the batch, a Python int."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
+def batch_size(x: jax.Array, axis_name: AxisName) -> int:
+    """The number of rows of the global batch, a Python int."""
+    return x.shape[0] * axis_size(axis_name)
+
+
+def psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The sum over the shards."""
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def pmax(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The maximum over the shards. It is a constant to the differentiation."""
+    x = lax.stop_gradient(x)
+    return x if axis_name is None else lax.pmax(x, axis_name)
+
+
+def batch_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The sum over the rows of the global batch: (N, ...) -> (...)."""
+    return psum(jnp.sum(x, axis=0), axis_name)
+
+
+def _matmul(subscripts, a, b, out_sharding=None):
+    # HIGHEST: by default a TPU multiplies float32 in bfloat16, an Ampere GPU in TF32.
+    return jnp.einsum(
+        subscripts,
+        a,
+        b,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=a.dtype,
+        out_sharding=out_sharding,
+    )
+
+
+def _explicit(x: jax.Array) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def feature_gram(a: jax.Array, b: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`a.T @ b` summed over the global batch: (N, D), (N, E) -> (D, E).
+
+    It costs 2 N D E operations, and sends D E numbers.
+    """
+    # On an Explicit mesh a contraction over a sharded batch has to be told its result.
+    out_sharding = PartitionSpec(None, None) if _explicit(a) else None
+    return psum(_matmul("nd,ne->de", a, b, out_sharding), axis_name)
+
+
+def example_gram(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`x @ x.T` of the global batch: (N, D) of a shard -> (N_global, N_global).
+
+    It costs 2 N_global^2 D operations in all. The shards first exchange rows for
+    features, so that each multiplies its D / shards features of all the rows: that
+    sends N D + N_global^2 numbers, where gathering the rows would send N_global D.
+    """
+    if axis_name is None:
+        # On an Explicit mesh two operands may not both be sharded over their rows.
+        columns = reshard(x, PartitionSpec(None, None)) if _explicit(x) else x
+        return _matmul("nd,md->nm", x, columns)
+    shards = axis_size(axis_name)
+    missing = -x.shape[1] % shards
+    x = jnp.pad(x, ((0, 0), (0, missing)))  # columns of zeros add nothing to a product
+    x = lax.all_to_all(
+        x, axis_name, split_axis=1, concat_axis=0, tiled=True
+    )  # (N_global, D / shards)
+    return psum(_matmul("nd,md->nm", x, x), axis_name)

@@ -1,0 +1,390 @@
+"""Losses that prevent collapse by statistics of the batch: VICReg and Barlow Twins.
+
+All of them need sums of squares of the entries of a D x D matrix H'H. Where the batch
+is smaller than the embedding (N < D) that matrix is never formed: its sum of squares
+is that of the N x N matrix HH', so the cost is that of min(N, D).
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jemjax.losses import numerics
+from jemjax.losses.checks import check_embeddings, check_number
+from jemjax.losses.collectives import (
+    AxisName,
+    batch_size,
+    batch_sum,
+    example_gram,
+    feature_gram,
+    psum,
+)
+
+Scalar = float | jax.Array
+
+
+class VICRegTerms(NamedTuple):
+    """The three unweighted terms of VICReg, scalars."""
+
+    invariance: jax.Array
+    variance: jax.Array
+    covariance: jax.Array
+
+
+class BarlowTwinsTerms(NamedTuple):
+    """The two unweighted terms of Barlow Twins, scalars."""
+
+    on_diagonal: jax.Array
+    off_diagonal: jax.Array
+
+
+def variance_hinge(
+    h: jax.Array,
+    *,
+    gamma: Scalar = 1.0,
+    eps: Scalar = 1e-4,
+    on: Literal["std", "variance"] = "std",
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """How far the spread of each dimension over the batch falls short of `gamma`.
+
+    on="std":       1/D sum_i relu(gamma - sqrt(Var_i + eps)),  Var with 1 / (N - 1)
+    on="variance":  1/D sum_i relu(gamma - C_ii),  C = H'H / N of the centered H
+
+    The first is VICReg's. The second is the lecture's: its gradient vanishes with the
+    spread, while that of the first stays of order one until the spread nears sqrt(eps).
+
+    Args:
+        h: (N, D) embeddings, float16, bfloat16, float32 or float64.
+        gamma: target of the standard deviation (or variance), >= 0.
+        eps: > 0, inside the root; unused by on="variance".
+        on: which of the two forms.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        A scalar in [0, gamma], float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
+            below 2.
+
+    References:
+        Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), equation 1.
+    """
+    (h,) = check_embeddings(axis_name, h=h)
+    gamma = check_number("gamma", gamma)
+    if on not in ("std", "variance"):
+        raise ValueError(f'on: got {on!r}, expected "std" or "variance"')
+    if on == "std":
+        eps = check_number("eps", eps, exclusive=True)
+    squares = batch_sum(jnp.square(numerics.center(h, axis_name)), axis_name)
+    count = batch_size(h, axis_name)
+    if on == "std":
+        return _std_hinge(squares, count, gamma, eps)
+    return _hinge(squares / count, gamma)
+
+
+def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
+    """How much the dimensions vary together: the squared off-diagonal covariances.
+
+    1/D sum_{i != j} C_ij^2,  C = H'H / (N - 1) of the centered H
+
+    For N < D it is computed as 1/D (||HH'||^2 - sum_i (H'H)_ii^2) / (N - 1)^2, without
+    C. That difference loses precision where a few dimensions are orders of magnitude
+    larger than the rest, or where N is just below D and all dimensions are alike.
+
+    Args:
+        h: (N, D) embeddings, float16, bfloat16, float32 or float64.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        A scalar >= 0, float32 (float64 for float64 input); +inf beyond its range.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, and a global batch below 2.
+
+    References:
+        Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), equations 3 and 4.
+    """
+    (h,) = check_embeddings(axis_name, h=h)
+    h = numerics.center(h, axis_name)
+    squares = batch_sum(jnp.square(h), axis_name)
+    return _off_diagonal(h, squares, batch_size(h, axis_name) - 1, axis_name)
+
+
+def vicreg_terms(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    gamma: Scalar = 1.0,
+    eps: Scalar = 1e-4,
+    axis_name: AxisName = None,
+) -> VICRegTerms:
+    """The three terms of VICReg, each with its official reduction, unweighted.
+
+    invariance = 1/(N D) sum_{n,i} (x_ni - y_ni)^2
+    variance   = (variance_hinge(x) + variance_hinge(y)) / 2
+    covariance = covariance_penalty(x) + covariance_penalty(y)
+
+    Args:
+        x: (N, D) embeddings of the first views.
+        y: (N, D) embeddings of the second views of the same images.
+        gamma: target of the standard deviation, >= 0.
+        eps: > 0, inside the root of the standard deviation.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        `VICRegTerms` of scalars, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
+            below 2.
+
+    References:
+        Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906).
+    """
+    x, y = check_embeddings(axis_name, x=x, y=y)
+    gamma = check_number("gamma", gamma)
+    eps = check_number("eps", eps, exclusive=True)
+    count = batch_size(x, axis_name)
+    variance, covariance = [], []
+    for h in (x, y):
+        h = numerics.center(h, axis_name)
+        squares = batch_sum(jnp.square(h), axis_name)  # (D,)
+        variance.append(_std_hinge(squares, count, gamma, eps))
+        covariance.append(_off_diagonal(h, squares, count - 1, axis_name))
+    return VICRegTerms(
+        invariance=_mean_square(x - y, count * x.shape[1], axis_name),
+        variance=0.5 * (variance[0] + variance[1]),
+        covariance=covariance[0] + covariance[1],
+    )
+
+
+def vicreg(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    invariance_weight: Scalar = 25.0,
+    variance_weight: Scalar = 25.0,
+    covariance_weight: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    eps: Scalar = 1e-4,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """VICReg: views agree, every dimension varies, no two dimensions vary together.
+
+    invariance_weight * invariance + variance_weight * variance
+        + covariance_weight * covariance,  the terms as in `vicreg_terms`
+
+    Identical embeddings of all images have the value variance_weight (gamma -
+    sqrt(eps)): 24.75 with the defaults. The variance term is averaged and the
+    covariance term is summed over the two views, as in the official code; the paper's
+    pseudocode sums both.
+
+    Args:
+        x: (N, D) embeddings of the first views.
+        y: (N, D) embeddings of the second views of the same images.
+        invariance_weight: >= 0.
+        variance_weight: >= 0.
+        covariance_weight: >= 0. A weight of 0 removes its term.
+        gamma: target of the standard deviation, >= 0.
+        eps: > 0, inside the root of the standard deviation.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input); +inf beyond its range.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
+            below 2.
+
+    References:
+        Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), equation 6.
+    """
+    invariance_weight = check_number("invariance_weight", invariance_weight)
+    variance_weight = check_number("variance_weight", variance_weight)
+    covariance_weight = check_number("covariance_weight", covariance_weight)
+    terms = vicreg_terms(x, y, gamma=gamma, eps=eps, axis_name=axis_name)
+    return numerics.weighted_sum(
+        (invariance_weight, terms.invariance),
+        (variance_weight, terms.variance),
+        (covariance_weight, terms.covariance),
+    )
+
+
+def lecture_energy(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    gamma: Scalar = 1.0,
+    center: bool = True,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """The covariance-regularized energy as the lecture writes it, with C = H'H / N.
+
+    1/N sum_n ||x_n - y_n||^2 + sum over both views of
+        1/D sum_i [relu(gamma - C_ii) + sum_{j != i} C_ij^2]
+
+    Against `vicreg`: the hinge is on the variance, not the standard deviation; the
+    covariance has 1/N; the invariance sums over D; both views are summed; no weights.
+
+    Args:
+        x: (N, D) embeddings of the first views.
+        y: (N, D) embeddings of the second views of the same images.
+        gamma: target of the variance, >= 0.
+        center: whether the batch mean is subtracted before C is formed.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input); +inf beyond its range.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
+            below 2.
+
+    References:
+        Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), after which it is built.
+    """
+    x, y = check_embeddings(axis_name, x=x, y=y)
+    gamma = check_number("gamma", gamma)
+    if not isinstance(center, bool):
+        raise ValueError(f"center: got {center!r}, expected True or False")
+    count = batch_size(x, axis_name)
+    energy = _mean_square(x - y, count, axis_name)
+    for h in (x, y):
+        if center:
+            h = numerics.center(h, axis_name)
+        squares = batch_sum(jnp.square(h), axis_name)  # (D,)
+        energy = energy + _hinge(squares / count, gamma)
+        energy = energy + _off_diagonal(h, squares, count, axis_name)
+    return energy
+
+
+def barlow_twins_terms(
+    x: jax.Array, y: jax.Array, *, eps: Scalar = 1e-5, axis_name: AxisName = None
+) -> BarlowTwinsTerms:
+    """How far the cross-correlation of the two views is from the identity.
+
+    c = x^' y^ / N,  h^ = (h - mean) / sqrt(Var + eps) with the biased variance
+    on_diagonal = sum_i (c_ii - 1)^2,  off_diagonal = sum_{i != j} c_ij^2
+
+    For N < D the off-diagonal sum is <x^ x^', y^ y^'> / N^2 - sum_i c_ii^2, without c.
+
+    Args:
+        x: (N, D) embeddings of the first views.
+        y: (N, D) embeddings of the second views of the same images.
+        eps: > 0, added to the variance.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        `BarlowTwinsTerms` of scalars, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
+            below 2.
+
+    References:
+        Zbontar, Jing, Misra, LeCun, Deny, 2021, Barlow Twins (arXiv:2103.03230).
+    """
+    x, y = check_embeddings(axis_name, x=x, y=y)
+    eps = check_number("eps", eps, exclusive=True)
+    count, features = batch_size(x, axis_name), x.shape[1]
+    x = numerics.standardize(x, eps, axis_name)
+    y = numerics.standardize(y, eps, axis_name)
+    diagonal = batch_sum(x * y, axis_name) / count  # (D,)
+    if count < features:
+        # Divided by N before the product, which is then at most D^2.
+        x_gram = example_gram(x, axis_name) / count  # (N, N)
+        y_gram = example_gram(y, axis_name) / count
+        total = jnp.sum(x_gram * y_gram)
+        off_diagonal = numerics.nonnegative(total - jnp.sum(jnp.square(diagonal)))
+    else:
+        correlation = feature_gram(x, y, axis_name) / count  # (D, D)
+        off_diagonal = jnp.sum(jnp.square(_without_diagonal(correlation)))
+    return BarlowTwinsTerms(jnp.sum(jnp.square(diagonal - 1.0)), off_diagonal)
+
+
+def barlow_twins(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    off_diagonal_weight: Scalar = 0.0051,
+    eps: Scalar = 1e-5,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Barlow Twins: the views' cross-correlation matrix is driven to the identity.
+
+    sum_i (c_ii - 1)^2 + off_diagonal_weight * sum_{i != j} c_ij^2
+
+    A plain sum as in the official code: no division by D. Identical embeddings of all
+    images have the value D.
+
+    Args:
+        x: (N, D) embeddings of the first views.
+        y: (N, D) embeddings of the second views of the same images.
+        off_diagonal_weight: >= 0.
+        eps: > 0, added to the variance.
+        axis_name: the mapped axis (or axes) over which the batch is sharded.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
+            below 2.
+
+    References:
+        Zbontar, Jing, Misra, LeCun, Deny, 2021, Barlow Twins (arXiv:2103.03230).
+    """
+    off_diagonal_weight = check_number("off_diagonal_weight", off_diagonal_weight)
+    terms = barlow_twins_terms(x, y, eps=eps, axis_name=axis_name)
+    return numerics.weighted_sum(
+        (1.0, terms.on_diagonal), (off_diagonal_weight, terms.off_diagonal)
+    )
+
+
+def _mean_square(x, count, axis_name):
+    # Divided before the square: it overflows only where the mean does.
+    squares = jnp.square(x * (1.0 / count) ** 0.5)
+    return psum(jnp.sum(squares), axis_name)
+
+
+def _hinge(spread, gamma):
+    return jnp.mean(jax.nn.relu(gamma - spread))
+
+
+def _std_hinge(squares, count, gamma, eps):
+    return _hinge(numerics.std(squares / (count - 1), eps), gamma)
+
+
+def _without_diagonal(matrix):
+    return jnp.where(jnp.eye(matrix.shape[0], dtype=bool), 0.0, matrix)
+
+
+def _off_diagonal(h, squares, normalizer, axis_name):
+    """1/D sum_{i != j} C_ij^2, C = H'H / normalizer, by the smaller Gram matrix.
+
+    `squares` is the diagonal of H'H, (D,).
+    """
+    features = h.shape[1]
+    by_example = batch_size(h, axis_name) < features
+    gram = example_gram(h, axis_name) if by_example else feature_gram(h, h, axis_name)
+    # The largest entry of a Gram matrix is on its diagonal. Divided by it, the entries
+    # are at most 1 and their squares can neither overflow nor all underflow.
+    diagonal = jnp.where(jnp.eye(gram.shape[0], dtype=bool), gram, 0.0)
+    largest = lax.stop_gradient(jnp.max(diagonal))
+    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    gram = gram / unit
+    if by_example:
+        total = jnp.sum(jnp.square(gram))
+        sum_of_squares = numerics.nonnegative(
+            total - jnp.sum(jnp.square(squares / unit))
+        )
+    else:
+        sum_of_squares = jnp.sum(jnp.square(_without_diagonal(gram)))
+    # Multiplied in two steps: the product is infinite only where the value is. 0 * inf
+    # cannot arise, since `unit` is finite but where the Gram matrix overflowed.
+    scale = unit * (1.0 / (float(normalizer) * features**0.5))
+    return jnp.where(jnp.isposinf(largest), jnp.inf, sum_of_squares * scale * scale)

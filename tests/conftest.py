@@ -1,0 +1,32 @@
+"""Eight virtual CPU devices for every test, one key, and the golden files."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+settings.register_profile("jemjax", deadline=None, derandomize=True, max_examples=20)
+settings.load_profile("jemjax")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def golden():
+    """`golden("vicreg_Nltd")`: the arrays of one file of reference values."""
+
+    def load(name):
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return dict(file)
+
+    return load

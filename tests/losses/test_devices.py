@@ -1,0 +1,103 @@
+"""The same value and gradients on any number of devices, in every context."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contexts import CONTEXTS
+from losses.table import ALL
+
+from jemjax import losses
+
+# Below and above D, and a D that no number of devices divides.
+SHAPES = [(16, 42), (48, 10)]
+
+
+@functools.cache
+def _problem(name, shape):
+    loss, count = ALL[name]
+    keys = jax.random.split(jax.random.key(0), count)
+    arrays = [np.asarray(0.7 * jax.random.normal(k, shape) + 0.3) for k in keys]
+    parameter = np.linspace(0.5, 1.5, shape[1], dtype=np.float32)
+    return loss, parameter, arrays, CONTEXTS["bare"](loss, parameter, arrays, 1)
+
+
+def _check(name, context, shape, devices):
+    loss, parameter, arrays, expected = _problem(name, shape)
+    got = CONTEXTS[context](loss, parameter, arrays, devices)
+    for leaf, reference in zip(
+        jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(reference).max()
+        np.testing.assert_allclose(leaf, reference, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("context", list(CONTEXTS)[1:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["vicreg", "barlow_twins"])
+def test_every_context_on_eight_devices(name, shape, context):
+    _check(name, context, shape, 8)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"vicreg", "barlow_twins"}))
+def test_the_parts_on_eight_devices(name):
+    _check(name, "shard_map of grad, unchecked", SHAPES[0], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("context", list(CONTEXTS)[1:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_the_whole_matrix(name, shape, context, devices):
+    _check(name, context, shape, devices)
+
+
+def _moved(loss, shape, devices=8):
+    """The collectives in the program of one device, as (operation, result)."""
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    spec = jax.P("data")
+    step = jax.jit(
+        jax.shard_map(
+            functools.partial(loss, axis_name="data"),
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=jax.P(),
+        )
+    )
+    text = step.lower(jnp.zeros(shape)).as_text()
+    return text
+
+
+def test_a_small_batch_exchanges_features_and_never_forms_the_covariance():
+    text = _moved(losses.covariance_penalty, (16, 64))
+    assert "all_to_all" in text
+    assert "tensor<64x64xf32>" not in text
+    assert "tensor<16x16xf32>" in text
+
+
+def test_a_large_batch_sums_covariances():
+    text = _moved(losses.covariance_penalty, (64, 16))
+    assert "all_to_all" not in text
+    assert "tensor<16x16xf32>" in text
+    assert "tensor<64x64xf32>" not in text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("shape", [(8, 16), (16, 8)], ids=str)
+@pytest.mark.parametrize("name", ["vicreg", "barlow_twins"])
+def test_products_are_exact_where_lowered_for_accelerators(name, shape, platform):
+    loss, _ = ALL[name]
+    array = jax.ShapeDtypeStruct(shape, jnp.float32)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    text = str(
+        jax.export.export(step, platforms=[platform])(array, array).mlir_module()
+    )
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    for line in products:
+        assert "precision = [HIGHEST, HIGHEST]" in line
