@@ -1,0 +1,195 @@
+"""The command line: `jemjax COMMAND ...`.
+
+Only what a command needs is imported, and that only once it is known: `jemjax --help`
+answers without jax.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from jemjax.errors import UserError
+
+METHOD_NAMES = ("vicreg",)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and leaves with its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        print(f"jemjax: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\njemjax: interrupted; --resume continues a run", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+    elif arguments[0] == "--version":
+        from jemjax import __version__
+
+        print(f"jemjax {__version__}")
+    else:
+        _choose("command", arguments[0], tuple(COMMANDS))
+        COMMANDS[arguments[0]][0](arguments[1:])
+
+
+def _choose(what: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        near = difflib.get_close_matches(given, choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(choices)}"
+        raise UserError(f"unknown {what} {given}: {hint}")
+
+
+def _usage() -> str:
+    lines = ["usage: jemjax COMMAND [options]", "", __doc__.splitlines()[0], ""]
+    lines[2] = "Joint-embedding self-supervised learning in JAX."
+    for name, (_, arguments, text) in COMMANDS.items():
+        lines.append(f"  {f'{name} {arguments}'.strip():<22}{text}")
+    lines += ["", f"methods: {', '.join(METHOD_NAMES)}"]
+    lines += ["`jemjax COMMAND --help` lists a command's options."]
+    return "\n".join(lines)
+
+
+def _parse(function, program: str, arguments: list[str], **keywords):
+    try:
+        import tyro
+    except ImportError as error:
+        raise UserError(
+            f"{program} needs {error.name}: install it with pip install 'jemjax[train]'"
+        ) from error
+    return tyro.cli(function, prog=f"jemjax {program}", args=arguments, **keywords)
+
+
+def _pretrain(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jemjax pretrain METHOD [options]\n")
+        print(f"methods: {', '.join(METHOD_NAMES)}")
+        print("`jemjax pretrain METHOD --help` lists all options.")
+        return
+    name, arguments = arguments[0], arguments[1:]
+    _choose("method", name, METHOD_NAMES)
+    from jemjax.runtime import tune_cpu
+
+    tune_cpu()
+    path, arguments = _take_config(arguments)
+    try:
+        from pathlib import Path
+
+        from jemjax.methods import METHODS
+        from jemjax.training.config import PretrainConfig, from_toml
+        from jemjax.training.loop import pretrain
+    except ImportError as error:
+        raise UserError(
+            f"pretrain needs {error.name}: install it with pip install 'jemjax[train]'"
+        ) from error
+    default = PretrainConfig(method=METHODS[name]())
+    if path is not None:
+        default = from_toml(Path(path), default)
+    pretrain(
+        _parse(
+            PretrainConfig,
+            f"pretrain {name}",
+            arguments,
+            default=default,
+            description=f"Trains a network with {name}, and measures what it learned."
+            " --config FILE reads a TOML file; options given here win over it.",
+        )
+    )
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config FILE` out: its values are the defaults of all other options."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise UserError("--config: expected a file behind it")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith("--config="):
+            rest = arguments[:index] + arguments[index + 1 :]
+            return argument.removeprefix("--config="), rest
+    return None, arguments
+
+
+def _evaluate(arguments: list[str]) -> None:
+    def evaluate(run, /, data: str | None = None, eval_data: str | None = None) -> None:
+        """Measures a run's newest checkpoint.
+
+        Args:
+            run: the folder of the run.
+            data: labelled images that are the neighbors; unless given, the run's.
+            eval_data: of which the test part is asked about; unless given, `data`.
+        """
+        from pathlib import Path
+
+        from jemjax.runtime import tune_cpu
+
+        tune_cpu()
+        from jemjax.training.loop import evaluate
+
+        evaluate(Path(run), data=data, eval_data=eval_data)
+
+    evaluate.__annotations__["run"] = str
+    _parse(evaluate, "evaluate", arguments)
+
+
+def _data(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jemjax data prepare KIND RAW --name NAME [--out FOLDER]\n")
+        print("  prepare   make a TensorFlow Datasets set of raw files, for tfds:NAME")
+        return
+    _choose("data command", arguments[0], ("prepare",))
+
+    def prepare(kind, raw, /, name, out=None) -> None:
+        """Makes a set that `--data tfds:NAME` reads, without TensorFlow.
+
+        Args:
+            kind: idx (MNIST-style files), cifar (the Python or binary batches) or
+                folder (train/CLASS/... and test/CLASS/...).
+            raw: the folder of the raw files.
+            name: under which the set is read, such as fashion_mnist or cifar10.
+            out: folder of prepared sets; unless given, TensorFlow Datasets' own.
+        """
+        from pathlib import Path
+
+        from jemjax.data.prepare import prepare
+
+        path = prepare(kind, Path(raw), name=name, out=Path(out) if out else None)
+        print(f"prepared {name} in {path}")
+        place = f" --data-dir {out}" if out else ""
+        print(f"use it with: jemjax pretrain vicreg --data tfds:{name}{place}")
+
+    from typing import Literal
+
+    prepare.__annotations__.update(
+        kind=Literal["idx", "cifar", "folder"], raw=str, name=str, out=str | None
+    )
+    _parse(prepare, "data prepare", arguments[1:])
+
+
+def _doctor(arguments: list[str]) -> None:
+    def doctor() -> None:
+        """Shows versions, devices and settings, and runs one loss on the devices."""
+        from jemjax.doctor import doctor
+
+        sys.exit(doctor())
+
+    _parse(doctor, "doctor", arguments)
+
+
+# name: what runs it, its arguments, a line about it
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
+    "pretrain": (_pretrain, "METHOD", "train a network, and measure what it learned"),
+    "evaluate": (_evaluate, "RUN", "measure the newest checkpoint of a run"),
+    "data": (_data, "prepare", "make a data set of raw files"),
+    "doctor": (_doctor, "", "check the installation and the devices"),
+}
+
+if __name__ == "__main__":
+    main()

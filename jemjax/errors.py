@@ -1,0 +1,16 @@
+"""What goes wrong through no fault of the library, told in a sentence."""
+
+
+class UserError(Exception):
+    """A message for the person at the keyboard: what, where, got, expected, the fix.
+
+    The command line prints it without a traceback and leaves with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """A saved state that cannot be used."""
+
+    exit_code = 5

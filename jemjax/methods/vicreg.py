@@ -1,0 +1,88 @@
+"""VICReg: variance, invariance and covariance, and nothing asymmetric.
+
+Collapse to a constant is prevented by asking that every dimension vary over the batch,
+and informational collapse by asking that no two dimensions vary together.
+
+Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from jemjax import losses
+from jemjax.augment import ViewRecipe, vicreg_imagenet, vicreg_small
+from jemjax.losses.collectives import AxisName
+from jemjax.methods.base import SMALL_IMAGE, Defaults, Method, Optimization
+from jemjax.models import expander
+
+
+@dataclasses.dataclass(frozen=True)
+class VICReg(Method):
+    """VICReg's hyper-parameters, with the published defaults."""
+
+    name: ClassVar[str] = "vicreg"
+
+    expander: tuple[int, ...] | None = None
+    """widths of the expander's layers: 8192 8192 8192, for small images 1024 1024 1024
+    unless given"""
+    invariance_weight: float = 25.0
+    """weight of the mean squared distance between views"""
+    variance_weight: float = 25.0
+    """weight of the hinge on each dimension's standard deviation"""
+    covariance_weight: float = 1.0
+    """weight of the squared covariances between dimensions"""
+    gamma: float = 1.0
+    """standard deviation that the hinge asks for"""
+    eps: float = 1e-4
+    """added to the variance before its root"""
+
+    # What are the views of an image? Two crops with color changes, drawn alike.
+    def views(self, image_size: int) -> ViewRecipe:
+        """BYOL's asymmetric pair, or the published CIFAR form."""
+        if image_size <= SMALL_IMAGE:
+            return vicreg_small(image_size)
+        return vicreg_imagenet(image_size)
+
+    # What embeds a view? The backbone, then an expander to many dimensions, in which
+    # decorrelation also removes dependencies that are not linear in the features.
+    def projector(self, image_size: int) -> nn.Module:
+        """The expander: Linear, BatchNorm, ReLU, and a last Linear without bias."""
+        width = 1024 if image_size <= SMALL_IMAGE else 8192
+        return expander(self.expander or (width,) * 3)
+
+    # What is the other branch? The same network with the same weights, and gradients
+    # through both. What compares the branches? This loss, which remembers nothing.
+    def loss(
+        self, embeddings: tuple[jax.Array, ...], *, axis_name: AxisName = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """25 invariance + 25 variance + 1 covariance, with the published weights."""
+        x, y = embeddings
+        terms = losses.vicreg_terms(
+            x, y, gamma=self.gamma, eps=self.eps, axis_name=axis_name
+        )
+        loss = (
+            self.invariance_weight * terms.invariance
+            + self.variance_weight * terms.variance
+            + self.covariance_weight * terms.covariance
+        )
+        return loss, terms._asdict()
+
+    def defaults(self, image_size: int) -> Defaults:
+        """100 epochs of ResNet-50 with LARS, or a network that laptops train."""
+        if image_size <= SMALL_IMAGE:
+            return Defaults(
+                backbone="resnet-narrow",
+                batch_size=256,
+                epochs=20,
+                minimum_steps=1000,
+                optimization=Optimization("adamw", 2e-3, 1e-4, 1.0, 1e-3),
+            )
+        return Defaults(
+            backbone="resnet50",
+            batch_size=512,
+            epochs=100,
+            optimization=Optimization("lars", 0.3, 1e-6, 10.0, 1e-3),
+        )

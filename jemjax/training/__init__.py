@@ -1,0 +1,1 @@
+"""Training: state, step, optimizers, checkpoints and the loop around them."""

@@ -1,0 +1,321 @@
+"""What a run does: flags over file over the method's defaults for the data."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from jemjax.augment import ViewRecipe
+from jemjax.data import Source
+from jemjax.errors import UserError
+from jemjax.methods import Method, Optimization
+from jemjax.methods.base import SMALL_IMAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewOptions:
+    """Parts of the method's views, each of which can be switched off."""
+
+    crop: bool = True
+    """random resized crops (off: the whole image, resized)"""
+    flip: bool | None = None
+    """random mirror images; unless given: on, but for digits, whose mirror images are
+    other signs"""
+    jitter: bool = True
+    """random brightness, contrast, saturation and hue"""
+    grayscale: bool = True
+    """random removal of color"""
+    blur: bool = True
+    """random Gaussian blur"""
+    solarize: bool = True
+    """random inversion of bright pixels"""
+    crop_scale: tuple[float, float] | None = None
+    """smallest and largest area of a crop, as a share of the image"""
+
+    def apply(self, recipe: ViewRecipe) -> ViewRecipe:
+        """The recipe with these options."""
+        if self.crop_scale is not None:
+            views = [
+                dataclasses.replace(view, crop_scale=tuple(self.crop_scale))
+                for view in recipe.views
+            ]
+            recipe = dataclasses.replace(recipe, views=tuple(views))
+        for part in ("crop", "flip", "jitter", "grayscale", "blur", "solarize"):
+            if getattr(self, part) is False:
+                recipe = recipe.without(part)
+        return recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """How the parameters are updated; unless given, as the method publishes it."""
+
+    name: Literal["lars", "sgd", "adamw"] | None = None
+    """the optimizer"""
+    learning_rate: float | None = None
+    """peak, for a batch of 256; it grows in proportion to the batch"""
+    weight_decay: float | None = None
+    """of weights; biases and normalization parameters have none"""
+    momentum: float | None = None
+    """of lars and sgd"""
+    warmup_epochs: float | None = None
+    """linear warm-up from 0"""
+    final_fraction: float | None = None
+    """of the peak, where the cosine ends"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """One run. Fields that are None are chosen by `resolve`, from method and data."""
+
+    method: Method
+    """the method and its hyper-parameters"""
+    data: str = "digits"
+    """digits (built in), folder:PATH or tfds:NAME"""
+    eval_data: str | None = None
+    """data of which the test part is used to measure; unless given, that of --data"""
+    data_dir: str | None = None
+    """where prepared TensorFlow Datasets are"""
+    output: str | None = None
+    """folder of the run; unless given, runs/METHOD-DATA"""
+    backbone: str | None = None
+    """resnet18, resnet34, resnet50 or resnet-narrow; unless given, by image size"""
+    image_size: int | None = None
+    """height and width of a view in pixels; unless given, the images' own up to 64,
+    else 224"""
+    steps: int | None = None
+    """number of steps, instead of --epochs"""
+    epochs: float | None = None
+    """passes over the data"""
+    batch_size: int | None = None
+    """images a step, over all devices"""
+    seed: int = 0
+    """of parameters, order of the data, and views"""
+    eval_every: int | None = None
+    """steps between measurements with kNN; unless given, a tenth of the run; 0: only
+    at the end"""
+    eval_examples: int = 5000
+    """training images that are neighbors in measurements during the run"""
+    final_examples: int = 100_000
+    """training images that the final measurements use at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; unless given, as eval_every; 0: only at the end"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the network's activations; losses, parameters and statistics are float32"""
+    workers: int = 0
+    """processes that load images; 0: threads of this one"""
+    resume: bool = False
+    """continue if the output folder holds a run, else start"""
+    overwrite: bool = False
+    """delete a run that the output folder holds"""
+    views: ViewOptions = ViewOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+
+
+def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
+    """Fills in every field that is None, and checks the whole.
+
+    Args:
+        config: as the user gave it.
+        source: the opened training data.
+
+    Returns:
+        The configuration of the run, with no choice left open.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    shortest = min(source.image_shape[:2])
+    image_size = config.image_size or (shortest if shortest <= SMALL_IMAGE else 224)
+    defaults = config.method.defaults(image_size)
+    batch_size = config.batch_size or defaults.batch_size
+    steps = config.steps
+    if steps is None:
+        epochs = config.epochs or defaults.epochs
+        steps = math.ceil(epochs * len(source) / max(batch_size, 1))
+        if config.epochs is None:
+            steps = max(steps, defaults.minimum_steps)
+    tenth = max(1, steps // 10)
+    eval_every = tenth if config.eval_every is None else config.eval_every
+    checkpoint_every = config.checkpoint_every
+    name = config.data.split(":")[-1].rstrip("/").split("/")[-1]
+    resolved = dataclasses.replace(
+        config,
+        output=config.output or f"runs/{config.method.name}-{name}",
+        eval_data=config.eval_data or config.data,
+        backbone=config.backbone or defaults.backbone,
+        image_size=image_size,
+        steps=steps,
+        epochs=round(steps * batch_size / len(source), 3),
+        batch_size=batch_size,
+        eval_every=eval_every,
+        checkpoint_every=(eval_every or tenth)
+        if checkpoint_every is None
+        else checkpoint_every,
+        views=dataclasses.replace(
+            config.views,
+            flip=source.name != "digits"
+            if config.views.flip is None
+            else config.views.flip,
+        ),
+        optimizer=_resolve_optimizer(config.optimizer, defaults.optimization),
+    )
+    problems = list(_problems(config, resolved, len(source)))
+    if problems:
+        raise UserError("\n".join(problems))
+    return resolved
+
+
+def _resolve_optimizer(
+    options: OptimizerOptions, published: Optimization
+) -> OptimizerOptions:
+    given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    if given.get("name", published.name) != published.name:
+        missing = [n for n in ("learning_rate", "weight_decay") if n not in given]
+        if missing:
+            flags = " and ".join(f"--optimizer.{_flag(name)}" for name in missing)
+            raise UserError(
+                f"--optimizer.name {given['name']} needs {flags} too: the defaults are"
+                f" {published.name}'s"
+            )
+    return OptimizerOptions(**{**dataclasses.asdict(published), **given})
+
+
+def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
+    if given.steps is not None and given.epochs is not None:
+        yield "--steps and --epochs exclude each other: give one of them"
+    for name in ("steps", "batch_size", "image_size", "eval_examples", "log_every"):
+        if getattr(config, name) < 1:
+            yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 1"
+    for name in ("eval_every", "checkpoint_every", "workers", "seed"):
+        if getattr(config, name) < 0:
+            yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 0"
+    if given.epochs is not None and not given.epochs > 0:
+        yield f"--epochs: got {given.epochs}, expected a positive number"
+    if config.batch_size > examples:
+        yield (
+            f"--batch-size: got {config.batch_size}, but {config.data} has only"
+            f" {examples} images: choose {examples} or fewer"
+        )
+    if config.batch_size == 1:
+        yield "--batch-size: got 1, expected at least 2: the loss needs a spread"
+    if config.resume and config.overwrite:
+        yield "--resume and --overwrite exclude each other: give one of them"
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "final_fraction"):
+        value = getattr(config.optimizer, name)
+        if not (math.isfinite(value) and value >= 0):
+            yield (
+                f"--optimizer.{_flag(name)}: got {value}, expected a finite number >= 0"
+            )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def to_toml(config: PretrainConfig) -> str:
+    """The configuration as TOML, the method by its name.
+
+    Fields that are None are left out, since TOML has no such value.
+    """
+
+    def table(value: Any) -> Any:
+        items = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+        }
+        return {
+            name: table(item) if dataclasses.is_dataclass(item) else item
+            for name, item in items.items()
+            if item is not None
+        }
+
+    return tomli_w.dumps({"method_name": config.method.name, **table(config)})
+
+
+def from_toml(path: Path, default: PretrainConfig) -> PretrainConfig:
+    """`default` with the values that a TOML file gives, checked by name and type.
+
+    Args:
+        path: the file.
+        default: what holds where the file says nothing.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: for a file that cannot be read, unknown keys and wrong types.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--config {path}: not TOML: {error}") from error
+    name = values.pop("method_name", default.method.name)
+    if name != default.method.name:
+        raise UserError(
+            f"--config {path}: it configures the method {name}, but the command"
+            f" names {default.method.name}"
+        )
+    problems: list[str] = []
+    config = _merge(default, values, "", problems)
+    if problems:
+        raise UserError("\n".join(f"--config {path}: {text}" for text in problems))
+    return config
+
+
+def method_name_of(path: Path) -> str:
+    """The method that a run's `config.toml` names."""
+    return tomllib.loads(path.read_text()).get("method_name", "")
+
+
+def _merge(default: Any, values: dict[str, Any], prefix: str, problems: list[str]):
+    hints = typing.get_type_hints(type(default))
+    names = [field.name for field in dataclasses.fields(default)]
+    changes = {}
+    for name, value in values.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f": did you mean {prefix}{near[0]}?" if near else ""
+            problems.append(f"unknown key {prefix}{name}{hint}")
+        elif dataclasses.is_dataclass(getattr(default, name)):
+            if isinstance(value, dict):
+                changes[name] = _merge(
+                    getattr(default, name), value, f"{prefix}{name}.", problems
+                )
+            else:
+                problems.append(f"{prefix}{name}: got {value!r}, expected a table")
+        elif _fits(value, hints[name]):
+            changes[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            expected = str(getattr(hints[name], "__name__", hints[name]))
+            problems.append(f"{prefix}{name}: got {value!r}, expected {expected}")
+    return dataclasses.replace(default, **changes)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, list):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(_fits(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,415 @@
+"""A run, from its configuration to its results."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from jemjax import __version__
+from jemjax.augment import ViewRecipe
+from jemjax.data import Source, batches, in_memory, open_data
+from jemjax.errors import UserError
+from jemjax.methods import METHODS
+from jemjax.models import JointEmbedding, create_backbone
+from jemjax.targets import warmup_cosine
+from jemjax.training.checkpoints import Checkpoints, fingerprint
+from jemjax.training.config import (
+    PretrainConfig,
+    from_toml,
+    method_name_of,
+    resolve,
+    to_toml,
+)
+from jemjax.training.measure import (
+    load_examples,
+    make_features,
+    measure,
+    measure_knn,
+)
+from jemjax.training.mesh import make_mesh, replicated, to_devices
+from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
+from jemjax.training.optimizers import make_optimizer
+from jemjax.training.state import TrainState, init_state
+from jemjax.training.step import make_train_step
+
+
+class Run(NamedTuple):
+    """What a configuration stands for, built."""
+
+    config: PretrainConfig
+    mesh: Mesh
+    network: nn.Module
+    recipe: ViewRecipe
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    image_shape: tuple[int, int, int]
+
+    def init(self) -> TrainState:
+        """The state before the first step, on every device."""
+        size = self.config.image_size
+        view = jnp.zeros((2, size, size, self.image_shape[2]), jnp.float32)
+        init = jax.jit(
+            lambda key: init_state(key, self.network, self.optimizer, view),
+            out_shardings=replicated(self.mesh),
+        )
+        return init(jax.random.key(self.config.seed))
+
+
+def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
+    """Builds network, views and optimizer of a resolved configuration."""
+    assert config.image_size and config.backbone and config.batch_size and config.steps
+    mesh = mesh or make_mesh()
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"--batch-size: got {config.batch_size}, expected a multiple of the"
+            f" {mesh.size} devices"
+        )
+    dtype = jnp.dtype(config.compute_dtype)
+    network = JointEmbedding(
+        backbone=create_backbone(
+            config.backbone, image_size=config.image_size, dtype=dtype
+        ),
+        projector=config.method.projector(config.image_size),
+    )
+    options = config.optimizer
+    peak = options.learning_rate * config.batch_size / 256
+    schedule = warmup_cosine(
+        peak=peak,
+        warmup_steps=min(
+            round(options.warmup_epochs * len(source) / config.batch_size),
+            config.steps // 2,
+        ),
+        total_steps=config.steps,
+        final=peak * options.final_fraction,
+    )
+    optimizer = make_optimizer(
+        options.name,
+        schedule,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+    )
+    recipe = config.views.apply(config.method.views(config.image_size))
+    return Run(config, mesh, network, recipe, optimizer, schedule, source.image_shape)
+
+
+def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str, Any]:
+    """Trains a network and measures what it learned.
+
+    Args:
+        config: the run; what is None is chosen by the method and the data.
+        display: where progress is shown.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        UserError: for a configuration, data or an output folder that cannot be used.
+    """
+    began = time.monotonic()
+    display = display or Display()
+    source = in_memory(open_data(config.data, split="train", data_dir=config.data_dir))
+    config = resolve(config, source)
+    assert config.steps and config.batch_size and config.output
+    test = in_memory(
+        open_data(config.eval_data or "", split="test", data_dir=config.data_dir)
+    )
+    if test.image_shape[2] != source.image_shape[2]:
+        raise UserError(
+            f"--eval-data {config.eval_data}: its images have {test.image_shape[2]}"
+            f" channels, those of {config.data} have {source.image_shape[2]}"
+        )
+    run = build(config, source)
+    folder = _prepare_folder(config)
+    display.header(f"jemjax {config.method.name}", _header(run, source, test))
+
+    state = untrained = run.init()
+    checkpoints = Checkpoints(folder)
+    try:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(state)
+            display.say(f"resumed after step {int(state.step)}")
+        if state is untrained:
+            untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
+        features = make_features(run.network, run.recipe, run.mesh)
+        seconds = _train(run, source, test, state, checkpoints, display, folder)
+        final = checkpoints.restore(untrained, config.steps)
+    finally:
+        checkpoints.close()
+
+    examples = load_examples(source, test, config.final_examples)
+    results = {
+        "method": config.method.name,
+        "data": config.data,
+        **measure(final, untrained, examples, features, run.recipe, display.say),
+        "steps": config.steps,
+        **seconds,
+        "total_seconds": round(time.monotonic() - began, 1),
+        "state_sha256": fingerprint(final),
+        "versions": _versions(),
+    }
+    if jax.process_index() == 0:
+        write_json(folder / "results.json", results)
+    display.results(results)
+    display.say(f"written to {folder / 'results.json'}")
+    return results
+
+
+def _train(
+    run: Run,
+    source: Source,
+    test: Source,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    display: Display,
+    folder: Path,
+) -> dict[str, float]:
+    """The loop: state after `steps` steps is in `checkpoints` when it returns."""
+    config, total, batch_size = run.config, run.config.steps, run.config.batch_size
+    assert total and batch_size
+    first = int(state.step)
+    if first >= total:
+        past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+        return {"images_per_second": past[-1]["images_per_second"]} if past else {}
+    train_step = make_train_step(
+        config.method, run.network, run.recipe, run.optimizer, run.mesh
+    )
+    features = make_features(run.network, run.recipe, run.mesh)
+    labelled = source.num_classes > 0
+    monitor = load_examples(source, test, config.eval_examples)
+    metrics_file = MetricsFile(folder / "metrics.jsonl", first + 1)
+    stream = batches(
+        source,
+        batch_size=batch_size,
+        seed=config.seed,
+        step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.workers,
+    )
+    shown: dict[str, float] = {}
+    training = 0.0  # seconds in steps, without compilation and measurements
+    mark, marked, counted = time.monotonic(), first, 0
+    display.start(total, first)
+    try:
+        images = to_devices(next(stream)["image"], run.mesh)
+        for step in range(first + 1, total + 1):
+            state, metrics = train_step(state, images)
+            if step < total:  # the next batch is loaded while the devices work
+                images = to_devices(next(stream)["image"], run.mesh)
+            if step % config.log_every == 0 or step in (first + 1, total):
+                row = {name: float(value) for name, value in metrics.items()}
+                now = time.monotonic()
+                rate = (step - marked) * batch_size / (now - mark)
+                if marked > first:  # the first interval holds the compilation
+                    training += now - mark
+                    counted += step - marked
+                mark, marked = now, step
+                row = {
+                    "step": step,
+                    **row,
+                    "learning_rate": float(run.schedule(step - 1)),
+                    "images_per_second": round(rate, 1),
+                }
+                metrics_file.write(row)
+                shown = {
+                    "loss": row["loss"],
+                    **{name: row[name] for name in _terms(metrics)},
+                    "lr": row["learning_rate"],
+                    "std": row["embedding_std"],
+                    "images/s": rate,
+                } | {k: v for k, v in shown.items() if k == "kNN"}
+                display.step(step, total, shown)
+            if _due(step, config.eval_every) and step < total and labelled:
+                knn = measure_knn(
+                    features(state, monitor.train_images),
+                    features(state, monitor.test_images),
+                    monitor,
+                )
+                metrics_file.write({"step": step, "knn": knn})
+                shown["kNN"] = knn
+                mark, marked = time.monotonic(), step
+            if _due(step, config.checkpoint_every) or step == total:
+                checkpoints.save(state)
+    finally:
+        display.stop()
+        metrics_file.close()
+    rate = counted * batch_size / training if training else 0.0
+    return {
+        "images_per_second": round(rate, 1),
+        "training_seconds": round(training, 1),
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _terms(metrics) -> list[str]:
+    others = ("loss", "embedding_std", "gradient_norm")
+    return [name for name in metrics if name not in others]
+
+
+def _prepare_folder(config: PretrainConfig) -> Path:
+    """The run's folder, with its configuration in it; a used one is refused."""
+    folder = Path(config.output or "")
+    used = (folder / "config.toml").exists()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file, expected a folder")
+    if folder.exists() and any(folder.iterdir()) and not used:
+        raise UserError(
+            f"--output {folder}: holds files that are not of a run; choose another"
+            " folder"
+        )
+    if used and config.overwrite:
+        shutil.rmtree(folder)
+    elif used and config.resume:
+        _check_same_run(config, folder)
+    elif used:
+        raise UserError(
+            f"--output {folder}: holds a run; continue it with --resume, delete it"
+            " with --overwrite, or choose another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = to_toml(dataclasses.replace(config, resume=False, overwrite=False))
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+# What may differ between a run and its continuation: nothing that changes its numbers.
+_FREE = {"output", "log_every", "eval_every", "eval_examples", "final_examples"} | {
+    "checkpoint_every",
+    "eval_data",
+    "data_dir",
+    "workers",
+    "resume",
+    "overwrite",
+}
+
+
+def _check_same_run(config: PretrainConfig, folder: Path) -> None:
+    before = load_config(folder)
+    differences = [
+        f"  {field.name}: {getattr(before, field.name)} there,"
+        f" {getattr(config, field.name)} now"
+        for field in dataclasses.fields(config)
+        if field.name not in _FREE
+        and getattr(before, field.name) != getattr(config, field.name)
+    ]
+    if differences:
+        raise UserError(
+            f"--resume: {folder} holds a run with other settings:\n"
+            + "\n".join(differences)
+            + "\ngive the same settings, or choose another --output"
+        )
+
+
+def load_config(folder: Path) -> PretrainConfig:
+    """The configuration of the run in a folder."""
+    path = folder / "config.toml"
+    if not path.exists():
+        raise UserError(f"{folder}: holds no run (no config.toml)")
+    name = method_name_of(path)
+    if name not in METHODS:
+        raise UserError(
+            f"{path}: unknown method {name!r}, expected {', '.join(METHODS)}"
+        )
+    return from_toml(path, PretrainConfig(method=METHODS[name]()))
+
+
+def evaluate(
+    folder: Path,
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Measures the newest checkpoint of a run, on its own data or on other.
+
+    Args:
+        folder: the run.
+        data: labelled images that are the neighbors; unless given, the run's.
+        eval_data: of which the test part is asked about; unless given, `data`.
+        display: where progress is shown.
+
+    Returns:
+        The figures, which are also written to `evaluation.json` in the folder.
+
+    Raises:
+        UserError: where there is no run or no checkpoint, or other data do not fit.
+    """
+    display = display or Display()
+    config = load_config(folder)
+    same = data is None and eval_data is None
+    eval_data = eval_data or data or config.eval_data or config.data
+    data = data or config.data
+    source = in_memory(open_data(data, split="train", data_dir=config.data_dir))
+    test = in_memory(open_data(eval_data, split="test", data_dir=config.data_dir))
+    run = build(config, source)
+    untrained = run.init()
+    checkpoints = Checkpoints(folder)
+    try:
+        state = checkpoints.restore(untrained)
+    finally:
+        checkpoints.close()
+    display.say(f"{folder}: step {int(state.step)} of {config.steps}")
+    results = {
+        "data": data,
+        "eval_data": eval_data,
+        "step": int(state.step),
+        **measure(
+            state,
+            untrained,
+            load_examples(source, test, config.final_examples),
+            make_features(run.network, run.recipe, run.mesh),
+            run.recipe,
+            display.say,
+        ),
+    }
+    write_json(folder / "evaluation.json", results)
+    display.results(results)
+    if not same:
+        display.say(f"measured on {data} and {eval_data}, not on the run's own data")
+    return results
+
+
+def _header(run: Run, source: Source, test: Source):
+    config = run.config
+    height, width, channels = source.image_shape
+    yield (
+        "data",
+        f"{config.data}: {len(source):,} images of {height} x {width} x {channels}"
+        + (f", {source.num_classes} classes" if source.num_classes else ", no labels"),
+    )
+    yield "measured on", f"{config.eval_data}: {len(test):,} test images"
+    size = config.image_size
+    yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
+    for number, line in enumerate(str(run.recipe).splitlines()):
+        yield ("views" if number == 0 else ""), line
+    options = config.optimizer
+    yield (
+        "training",
+        f"{config.steps:,} steps of {config.batch_size} images ({config.epochs:g}"
+        f" epochs), {options.name}, learning rate {run.schedule(config.steps // 2):.2g}"
+        f" at half-time",
+    )
+    devices = run.mesh.devices.flatten()
+    yield "devices", f"{len(devices)} x {devices[0].device_kind}"
+    yield "output", str(config.output)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "jemjax": __version__,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,158 @@
+"""What a run tells: metrics.jsonl for programs, one progress bar for people."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a line for each logged step, in order, each step once."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Opens the file, and removes lines of `first_step` and after.
+
+        Those are of a run that was interrupted after its last checkpoint, and is now
+        resumed from it; a last line that is cut off goes too.
+        """
+        kept = [row for row in read_metrics(path) if row["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, without a last line that a kill cut off."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file at once: a reader sees the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=False)
+        self._live = self.console.is_terminal
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._started = 0.0
+        self._first = 0
+
+    def header(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """What will happen, before it does."""
+        self.console.print(f"[bold]{escape(title)}[/]")
+        grid = Table.grid(padding=(0, 2))
+        for name, text in rows:
+            grid.add_row(f"  {escape(name)}", escape(text))
+        self.console.print(grid)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(escape(text))
+
+    def start(self, total: int, completed: int) -> None:
+        """The bar of the training loop appears."""
+        self._started, self._first = time.monotonic(), completed
+        if self._live:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(
+                "training", total=total, completed=completed, text="compiling"
+            )
+            self._progress.start()
+
+    def step(self, step: int, total: int, fields: Mapping[str, float]) -> None:
+        """The figures of a logged step."""
+        text = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= 10 or step >= total:
+            self._last_line = now
+            left = (now - self._started) * (total - step) / max(1, step - self._first)
+            self.say(f"step {step}/{total}  {text}  {_clock(left)} left")
+
+    def stop(self) -> None:
+        """The bar stays as it is, and lines follow."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        """The final figures, each beside what it is to be compared with."""
+        table = Table(box=None, padding=(0, 2), header_style="bold")
+        for column in ("", "trained", "untrained", "raw pixels"):
+            table.add_column(column, justify="left" if not column else "right")
+        names = {
+            "knn": "kNN (k = 20)",
+            "knn_10_labels": "kNN, 10 labels a class",
+            "linear": "linear probe",
+        }
+        for protocol, name in names.items():
+            if protocol in results:
+                figures = results[protocol]
+                table.add_row(
+                    name,
+                    *[f"{figures[k]:.1%}" for k in ("trained", "untrained", "pixels")],
+                )
+        if table.row_count:
+            self.console.print(table)
+        collapse = results["collapse"]
+        self.say(
+            f"features: normalized std {collapse['normalized_std']:.4f} (ideal"
+            f" {collapse['ideal_normalized_std']:.4f}), effective rank"
+            f" {collapse['effective_rank']:.1f}, RankMe {collapse['rankme']:.1f}"
+        )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
