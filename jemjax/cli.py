@@ -4,28 +4,33 @@ Only what a command needs is imported, and that only once it is known: `jemjax -
 answers without jax.
 """
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jemjax.errors import UserError
 
 METHOD_NAMES = ("vicreg",)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and leaves with its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """What is the user's to mend is said in a sentence, with an exit code."""
     try:
-        _dispatch(arguments)
+        yield
     except UserError as error:
         print(f"jemjax: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\njemjax: interrupted; --resume continues a run", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and leaves with its exit code."""
+    with reporting_errors():
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -38,8 +38,9 @@ def warmup_cosine(
         # A step is an integer: dividing it in the default dtype keeps x64 exact.
         step = jnp.asarray(step)
         warmup = peak * step / max(warmup_steps, 1)
-        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
-        cosine = final + (peak - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        left = jnp.clip((total_steps - step) / (total_steps - warmup_steps), 0, 1)
+        # (1 + cos(pi (1 - left))) / 2, in the form that keeps its digits near the end.
+        cosine = final + (peak - final) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
         return jnp.where(step < warmup_steps, warmup, cosine)
 
     return schedule

@@ -5,7 +5,7 @@ import pytest
 from jemjax.targets import warmup_cosine
 
 
-@pytest.mark.parametrize(("x64", "tolerance"), [(False, 2e-6), (True, 1e-9)])
+@pytest.mark.parametrize(("x64", "tolerance"), [(False, 1e-6), (True, 1e-9)])
 def test_learning_rate_of_the_official_code(golden, x64, tolerance):
     z = golden("schedules")
     steps_per_epoch, epochs = int(z["L"]), int(z["E_vicreg_barlow"])
@@ -18,9 +18,7 @@ def test_learning_rate_of_the_official_code(golden, x64, tolerance):
             final=0.001 * peak,
         )
         got = jax.jit(jax.vmap(schedule))(np.arange(len(z["vicreg_lr"])))
-        np.testing.assert_allclose(
-            got, z["vicreg_lr"], rtol=tolerance, atol=tolerance * peak
-        )
+        np.testing.assert_allclose(got, z["vicreg_lr"], rtol=tolerance)
 
 
 def test_it_stays_at_the_final_value():

@@ -127,7 +127,8 @@ class ResNet(nn.Module):
             )
         x = nn.relu(BatchNorm(use_running_average=not train, dtype=self.dtype)(x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            padding: Any = ((1, 1), (1, 1))  # flax allows it but declares a string
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=padding)
         for stage, blocks in enumerate(self.stage_sizes):
             for index in range(blocks):
                 x = self.block(

@@ -1,0 +1,17 @@
+"""How every script here starts: its recipe is the default, flags change it."""
+
+from jemjax.runtime import tune_cpu
+
+tune_cpu()  # before jax starts
+
+import tyro  # noqa: E402
+
+from jemjax.cli import reporting_errors  # noqa: E402
+from jemjax.training.config import PretrainConfig  # noqa: E402
+from jemjax.training.loop import pretrain  # noqa: E402
+
+
+def run(recipe: PretrainConfig) -> None:
+    """Trains by a recipe, with the changes that the command line makes to it."""
+    with reporting_errors():
+        pretrain(tyro.cli(PretrainConfig, default=recipe))

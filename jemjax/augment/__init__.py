@@ -1,0 +1,63 @@
+"""Augmentations: random views of images, made on the device inside a jitted step.
+
+They import jax only, and are pure functions of a key and a batch of images
+(N, H, W, C), C = 1 or 3, floating point in [0, 1] or uint8, to float32. Shapes are
+static, and each example draws from a key of its own, so that its view depends neither
+on the rest of the batch nor on the number of devices.
+
+`random_*` and `color_jitter` draw for each example what the deterministic operations
+apply; `make_views` applies a `ViewRecipe`. The arithmetic is torchvision's.
+"""
+
+from jemjax.augment.blur import gaussian_blur, random_gaussian_blur
+from jemjax.augment.color import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    color_jitter,
+    normalize,
+    random_grayscale,
+    random_solarize,
+    solarize,
+    to_grayscale,
+)
+from jemjax.augment.geometry import (
+    crop_and_resize,
+    random_boxes,
+    random_flip,
+    random_resized_crop,
+)
+from jemjax.augment.recipes import (
+    View,
+    ViewRecipe,
+    evaluation_view,
+    make_views,
+    vicreg_imagenet,
+    vicreg_small,
+)
+
+__all__ = [
+    "View",
+    "ViewRecipe",
+    "adjust_brightness",
+    "adjust_contrast",
+    "adjust_hue",
+    "adjust_saturation",
+    "color_jitter",
+    "crop_and_resize",
+    "evaluation_view",
+    "gaussian_blur",
+    "make_views",
+    "normalize",
+    "random_boxes",
+    "random_flip",
+    "random_gaussian_blur",
+    "random_grayscale",
+    "random_resized_crop",
+    "random_solarize",
+    "solarize",
+    "to_grayscale",
+    "vicreg_imagenet",
+    "vicreg_small",
+]

@@ -1,0 +1,285 @@
+"""Where the pixels of a view come from: boxes, resizing and mirroring."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jemjax.augment.inputs import (
+    check_images,
+    check_number,
+    check_range,
+    check_size,
+    example_keys,
+    happens,
+    uniforms,
+)
+
+Method = Literal["bilinear", "bicubic"]
+
+TRIES = 10  # boxes that are drawn before the centered one is taken
+
+
+def random_resized_crop(
+    key: jax.Array,
+    images: jax.Array,
+    size: int | tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    method: Method = "bicubic",
+) -> jax.Array:
+    """A random part of each image, resized with antialiasing.
+
+    clip(crop_and_resize(images, random_boxes(...), size), 0, 1), the clipping because
+    bicubic weights overshoot at edges.
+
+    Szegedy et al., 2014, Going deeper with convolutions (arXiv:1409.4842).
+
+    Args:
+        key: one key, folded with each row's index, or N keys.
+        images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
+        size: height and width of the result in pixels, one number if they are equal.
+        scale: smallest and largest area of a box as a share of the image, in (0, 1].
+        ratio: smallest and largest width / height of a box.
+        method: "bilinear" or "bicubic".
+
+    Returns:
+        (N, height, width, C) float32 in [0, 1].
+
+    Raises:
+        ValueError: for wrong shapes, or numbers out of range.
+    """
+    images = check_images(images)
+    count, height, width, _ = images.shape
+    boxes = random_boxes(key, count, (height, width), scale=scale, ratio=ratio)
+    return jnp.clip(crop_and_resize(images, boxes, size, method=method), 0, 1)
+
+
+def random_boxes(
+    key: jax.Array,
+    count: int,
+    image_size: tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> jax.Array:
+    """The boxes of random resized crops, distributed as torchvision's.
+
+    area = H W uniform(scale), aspect = exp(uniform(log ratio)), rounded to whole
+    pixels: width = sqrt(area aspect), height = sqrt(area / aspect). The first of ten
+    draws that fits into the image is placed uniformly; if none fits, the largest
+    centered box with an allowed aspect is taken.
+
+    Args:
+        key: one key, folded with each row's index, or N keys.
+        count: N, the number of boxes.
+        image_size: (H, W) in pixels.
+        scale: smallest and largest area as a share of the image, in (0, 1].
+        ratio: smallest and largest width / height.
+
+    Returns:
+        (N, 4) int32: top, left, height, width in pixels.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+    height, width = check_size("image_size", image_size)
+    smallest, largest = check_range("scale", scale, high=1.0)
+    narrowest, widest = check_range("ratio", ratio)
+    draws = uniforms(example_keys(key, count), 2 * TRIES + 2)  # (22, N)
+    for_area, for_aspect = draws[:TRIES], draws[TRIES : 2 * TRIES]  # (10, N)
+    for_top, for_left = draws[-2:]  # (N,)
+
+    area = height * width * _between(for_area, smallest, largest)
+    aspect = jnp.exp(_between(for_aspect, math.log(narrowest), math.log(widest)))
+    widths = jnp.round(jnp.sqrt(area * aspect))
+    heights = jnp.round(jnp.sqrt(area / aspect))
+    fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
+
+    box_height, box_width = _fallback_box(height, width, narrowest, widest)
+    box_height = jnp.full(count, box_height, jnp.float32)
+    box_width = jnp.full(count, box_width, jnp.float32)
+    for attempt in reversed(range(TRIES)):  # the first that fits is written last
+        box_height = jnp.where(fits[attempt], heights[attempt], box_height)
+        box_width = jnp.where(fits[attempt], widths[attempt], box_width)
+
+    placed = jnp.any(fits, axis=0)
+    spare_height, spare_width = height - box_height, width - box_width
+    # Rounding may bring a draw just below 1 to spare + 1, one too many.
+    top = jnp.minimum(jnp.floor(for_top * (spare_height + 1)), spare_height)
+    left = jnp.minimum(jnp.floor(for_left * (spare_width + 1)), spare_width)
+    top = jnp.where(placed, top, jnp.floor(spare_height / 2))
+    left = jnp.where(placed, left, jnp.floor(spare_width / 2))
+    boxes = jnp.stack([top, left, box_height, box_width], axis=1)  # (N, 4)
+    return boxes.astype(jnp.int32)
+
+
+def crop_and_resize(
+    images: jax.Array,
+    boxes: jax.Array,
+    size: int | tuple[int, int],
+    *,
+    method: Method = "bicubic",
+    antialias: bool = True,
+) -> jax.Array:
+    """Cuts a box out of each image and resizes it: rows @ image @ columns'.
+
+    With antialiasing an output pixel is the mean of the box's pixels under the kernel,
+    stretched to the box's scale where it shrinks (Pillow's, and torch's antialiased,
+    arithmetic; bicubic a = -0.5). Without, it interpolates the nearest 2 or 4 pixels
+    in each direction, the border repeated (torch's; bicubic a = -0.75). Bicubic
+    results may leave [0, 1].
+
+    Keys, 1981, Cubic convolution interpolation for digital image processing.
+
+    Args:
+        images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
+        boxes: (N, 4) top, left, height, width in whole pixels, inside the image.
+        size: height and width of the result in pixels, one number if they are equal.
+        method: "bilinear" or "bicubic".
+        antialias: whether the kernel is stretched where a box shrinks.
+
+    Returns:
+        (N, height, width, C) float32.
+
+    Raises:
+        ValueError: for wrong shapes, sizes or an unknown method.
+    """
+    images = check_images(images)
+    count, height, width, _ = images.shape
+    out_height, out_width = check_size("size", size)
+    check_method("method", method)
+    if getattr(boxes, "shape", None) != (count, 4):
+        raise ValueError(
+            f"boxes: got {getattr(boxes, 'shape', boxes)!r}, expected shape"
+            f" ({count}, 4), one box for each image"
+        )
+    top, left, box_height, box_width = jnp.asarray(boxes).astype(jnp.float32).T  # (N,)
+    weights = _antialiased if antialias else _interpolating
+    rows = weights(top, box_height, height, out_height, method)  # (N, out_height, H)
+    columns = weights(left, box_width, width, out_width, method)  # (N, out_width, W)
+    return resample(images, rows, columns)
+
+
+def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
+    """The whole image at another size, with antialiasing, clipped to [0, 1].
+
+    Args:
+        images: (N, H, W, C) float32 in [0, 1].
+        size: height and width of the result in pixels.
+        method: "bilinear" or "bicubic".
+
+    Returns:
+        (N, size, size, C) float32: the images themselves if they have this size.
+    """
+    count, height, width, _ = images.shape
+    if (height, width) == (size, size):
+        return images
+    boxes = jnp.tile(jnp.array([[0, 0, height, width]]), (count, 1))  # (N, 4)
+    return jnp.clip(crop_and_resize(images, boxes, size, method=method), 0, 1)
+
+
+def random_flip(
+    key: jax.Array, images: jax.Array, *, probability: float = 0.5
+) -> jax.Array:
+    """Mirrors each image left to right with the given probability.
+
+    Args:
+        key: one key, folded with each row's index, or N keys.
+        images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
+        probability: of mirroring, in [0, 1].
+
+    Returns:
+        (N, H, W, C) float32.
+
+    Raises:
+        ValueError: for wrong shapes, or a probability out of range.
+    """
+    images = check_images(images)
+    probability = check_number("probability", probability, 0, 1)
+    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    return jnp.where(happens(chance, probability), images[:, :, ::-1], images)
+
+
+def resample(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Mixes the rows and the columns of each image: rows @ image @ columns'.
+
+    At full precision, or the pixels would be those of another image on a TPU.
+
+    Args:
+        images: (N, H, W, C) float32.
+        rows: (N, out_height, H) weights.
+        columns: (N, out_width, W) weights.
+
+    Returns:
+        (N, out_height, out_width, C) float32.
+    """
+    highest = lax.Precision.HIGHEST
+    mixed = jnp.einsum("nyh,nhwc->nywc", rows, images, precision=highest)
+    return jnp.einsum("nxw,nywc->nyxc", columns, mixed, precision=highest)
+
+
+def check_method(name: str, method: Method) -> None:
+    """Refuses a method of resizing that is not known."""
+    if method not in ("bilinear", "bicubic"):
+        raise ValueError(f"{name}: got {method!r}, expected 'bilinear' or 'bicubic'")
+
+
+def _between(uniform: jax.Array, low: float, high: float) -> jax.Array:
+    return low + (high - low) * uniform
+
+
+def _fallback_box(
+    height: int, width: int, narrowest: float, widest: float
+) -> tuple[int, int]:
+    """Height and width of the largest box with an aspect in [narrowest, widest]."""
+    if width / height < narrowest:
+        return max(1, round(width / narrowest)), width
+    if width / height > widest:
+        return height, max(1, round(height * widest))
+    return height, width
+
+
+def _antialiased(
+    start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
+) -> jax.Array:
+    """Weights (N, out, pixels) of a kernel as wide as an output pixel, sums 1."""
+    start, extent = start[:, None, None], extent[:, None, None]
+    step = extent / out
+    centers = start + (_numbers(out)[:, None] + 0.5) * step
+    positions = _numbers(pixels) + 0.5
+    distances = (positions - centers) / jnp.maximum(step, 1.0)  # (N, out, pixels)
+    inside = (start < positions) & (positions < start + extent)
+    weights = jnp.where(inside, _kernel(distances, method, a=-0.5), 0.0)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def _interpolating(
+    start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
+) -> jax.Array:
+    """Weights (N, out, pixels) of the nearest 2 or 4 pixels, the border repeated."""
+    start, extent = start[:, None, None], extent[:, None, None]
+    centers = (_numbers(out)[:, None] + 0.5) * (extent / out) - 0.5  # in the box
+    taps = _numbers(2) if method == "bilinear" else _numbers(4) - 1
+    neighbors = jnp.floor(centers) + taps  # (N, out, taps)
+    weights = _kernel(neighbors - centers, method, a=-0.75)
+    sources = start + jnp.clip(neighbors, 0, extent - 1)
+    chosen = sources[..., None] == _numbers(pixels)  # (N, out, taps, pixels)
+    return jnp.sum(weights[..., None] * chosen, axis=2)
+
+
+def _numbers(count: int) -> jax.Array:
+    return jnp.arange(count, dtype=jnp.float32)
+
+
+def _kernel(distance: jax.Array, method: Method, a: float) -> jax.Array:
+    """A triangle, or Keys' cubic with slope `a` at distance 1."""
+    d = jnp.abs(distance)
+    if method == "bilinear":
+        return jnp.maximum(1 - d, 0.0)
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return jnp.where(d < 1, near, jnp.where(d < 2, far, 0.0))

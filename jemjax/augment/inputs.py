@@ -1,0 +1,198 @@
+"""What comes in: images, numbers and keys. What is wrong is refused at trace time."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHANNELS = (1, 3)
+
+
+def check_images(images: Any) -> jax.Array:
+    """Brings images to float32 in [0, 1]; uint8 is divided by 255.
+
+    Args:
+        images: (N, H, W, C), C = 1 or 3, floating point in [0, 1] or uint8.
+
+    Returns:
+        (N, H, W, C) float32.
+
+    Raises:
+        ValueError: for another rank, number of channels or dtype, or an empty axis.
+    """
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        raise ValueError(
+            f"images: got {type(images).__name__}, expected an array (N, H, W, C)"
+        )
+    if len(images.shape) != 4 or images.shape[-1] not in CHANNELS:
+        raise ValueError(
+            f"images: got shape {images.shape}, expected (N, H, W, C) with C = 1 or 3"
+        )
+    if min(images.shape) < 1:
+        raise ValueError(f"images: got shape {images.shape}, expected sizes >= 1")
+    if images.dtype == jnp.uint8:
+        return materialize(jnp.asarray(images).astype(jnp.float32) / 255)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images: got dtype {images.dtype}, expected uint8, or floating point"
+            " in [0, 1]"
+        )
+    return materialize(jnp.asarray(images).astype(jnp.float32))
+
+
+def materialize(images: jax.Array) -> jax.Array:
+    """Has the images computed once, although what follows reads them several times.
+
+    Gray needs each channel of a pixel, and each channel then needs gray: left to fuse
+    a chain of such operations, XLA computes the first again for every use in the last.
+    """
+    return lax.optimization_barrier(images)
+
+
+def check_size(name: str, size: Any) -> tuple[int, int]:
+    """Height and width in pixels from one number or a pair, each >= 1."""
+    pair = size if isinstance(size, tuple) else (size, size)
+    if len(pair) != 2 or not all(is_whole(side) and side >= 1 for side in pair):
+        raise ValueError(f"{name}: got {size!r}, expected one or two integers >= 1")
+    return int(pair[0]), int(pair[1])
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
+) -> Any:
+    """Checks a finite Python number in [low, high]; returns traced scalars unchecked.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+        low: the smallest value allowed.
+        high: the largest value allowed.
+        open_low: whether `low` itself is refused.
+
+    Returns:
+        A Python float, or the traced scalar.
+
+    Raises:
+        ValueError: for a number out of range, or what is not a scalar.
+    """
+    if is_number(value):
+        below = value <= low if open_low else value < low
+        if not math.isfinite(value) or below or value > high:
+            left = "(" if open_low else "["
+            right = f"{high:g}]" if math.isfinite(high) else "inf)"
+            raise ValueError(
+                f"{name}: got {value}, expected a number in {left}{low:g}, {right}"
+            )
+        return float(value)
+    if getattr(value, "shape", None) != ():
+        raise ValueError(f"{name}: got {value!r}, expected a number or a traced scalar")
+    return value
+
+
+def check_range(
+    name: str, value: Any, *, high: float = math.inf
+) -> tuple[float, float]:
+    """Checks a pair of Python numbers with 0 < smallest <= largest <= high."""
+    valid = (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(is_number(bound) and math.isfinite(bound) for bound in value)
+        and 0 < value[0] <= value[1] <= high
+    )
+    if not valid:
+        limit = f" <= {high:g}" if math.isfinite(high) else ""
+        raise ValueError(
+            f"{name}: got {value!r}, expected a tuple 0 < smallest <= largest{limit}"
+        )
+    return float(value[0]), float(value[1])
+
+
+def per_example(
+    name: str,
+    value: Any,
+    images: jax.Array,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+) -> jax.Array:
+    """A scalar or (N,) argument in the shape (N or 1, 1, 1, 1), which broadcasts.
+
+    Args:
+        name: the argument's name.
+        value: a number, checked against [low, high], or an array () or (N,).
+        images: (N, H, W, C).
+        low: the smallest number allowed.
+        high: the largest number allowed.
+        open_low: whether `low` itself is refused.
+
+    Returns:
+        float32, (N, 1, 1, 1) or (1, 1, 1, 1).
+
+    Raises:
+        ValueError: for a number out of range, or another shape.
+    """
+    shape = getattr(value, "shape", ())
+    if shape == ():
+        value = check_number(name, value, low, high, open_low=open_low)
+    elif shape != images.shape[:1]:
+        raise ValueError(
+            f"{name}: got shape {shape}, expected a scalar or {images.shape[:1]}, one"
+            " for each image"
+        )
+    return jnp.asarray(value, jnp.float32).reshape(-1, 1, 1, 1)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is known at trace time: a real Python (or NumPy) number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer known at trace time."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def example_keys(key: Any, count: int) -> jax.Array:
+    """One key for each example, so that no draw depends on the rest of the batch.
+
+    Args:
+        key: one key, which is folded with each row's index, or `count` keys; typed,
+            or raw uint32.
+        count: N, the number of examples.
+
+    Returns:
+        (N,) typed keys.
+
+    Raises:
+        ValueError: for what is not a key, or another number of keys.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype == jnp.uint32 and key.ndim in (1, 2):
+        key = jax.random.wrap_key_data(key)
+    elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        got = type(key).__name__ if dtype is None else f"dtype {dtype}"
+        raise ValueError(f"key: got {got}, expected a key of jax.random.key")
+    if key.ndim == 0:
+        rows = jnp.arange(count, dtype=jnp.uint32)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    if key.shape != (count,):
+        raise ValueError(
+            f"key: got shape {key.shape}, expected one key or ({count},), one for each"
+            " example"
+        )
+    return key
+
+
+def uniforms(keys: jax.Array, count: int) -> jax.Array:
+    """Numbers in [0, 1) for each example: (N,) keys -> (count, N) float32."""
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))
+    return draw(keys).T
+
+
+def happens(uniform: jax.Array, probability: Any) -> jax.Array:
+    """Whether a random operation is applied to each image: (N,) -> (N, 1, 1, 1)."""
+    return (uniform < probability).reshape(-1, 1, 1, 1)

@@ -1,0 +1,308 @@
+"""What the views of an image are: a table of numbers, and the function that obeys it.
+
+A `ViewRecipe` is data: frozen, hashable, printable. `make_views` applies the operations
+of each of its rows in the published order: crop, flip, color jitter, grayscale, blur,
+solarize, normalize. An operation with probability 0 leaves nothing in the program.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from jemjax.augment.blur import random_gaussian_blur
+from jemjax.augment.color import (
+    color_jitter,
+    normalize,
+    random_grayscale,
+    random_solarize,
+)
+from jemjax.augment.geometry import (
+    Method,
+    check_method,
+    random_flip,
+    random_resized_crop,
+    resize,
+)
+from jemjax.augment.inputs import (
+    check_images,
+    check_number,
+    check_range,
+    check_size,
+    example_keys,
+    is_number,
+)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What `ViewRecipe.without` can switch off, and the field that does it.
+PARTS = {
+    "crop": "crop_scale",
+    "flip": "flip_probability",
+    "jitter": "jitter_probability",
+    "grayscale": "grayscale_probability",
+    "blur": "blur_probability",
+    "solarize": "solarize_probability",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What happens to an image on its way to one view, in this order."""
+
+    size: int
+    """height and width of the view in pixels"""
+    crop_scale: tuple[float, float] | None
+    """smallest and largest area of the crop as a share of the image; None: the whole
+    image, resized"""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """smallest and largest width / height of the crop"""
+    interpolation: Method = "bicubic"
+    """of resizing: bilinear or bicubic"""
+    flip_probability: float = 0.5
+    """of mirroring left to right"""
+    jitter_probability: float = 0.8
+    """of the four changes of color that follow, in random order"""
+    brightness: float = 0.4
+    """strength: the factor is uniform between 1 - this and 1 + this"""
+    contrast: float = 0.4
+    """strength, as of brightness"""
+    saturation: float = 0.2
+    """strength, as of brightness"""
+    hue: float = 0.1
+    """strength, in full turns"""
+    grayscale_probability: float = 0.2
+    """of removing color"""
+    blur_probability: float = 0.0
+    """of Gaussian blur"""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """smallest and largest standard deviation in pixels"""
+    solarize_probability: float = 0.0
+    """of inverting bright values"""
+    solarize_threshold: float = 0.5
+    """values from here on are inverted"""
+    mean: tuple[float, ...] | float = IMAGENET_MEAN
+    """of each channel, subtracted; averaged over them for one-channel images"""
+    std: tuple[float, ...] | float = IMAGENET_STD
+    """of each channel, divided by; averaged over them for one-channel images"""
+
+    def __post_init__(self) -> None:
+        """Refuses what no image could be treated with."""
+        check_size("size", self.size)
+        if self.crop_scale is not None:
+            check_range("crop_scale", self.crop_scale, high=1.0)
+        check_range("crop_ratio", self.crop_ratio)
+        check_method("interpolation", self.interpolation)
+        for part in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            check_number(PARTS[part], getattr(self, PARTS[part]), 0, 1)
+        for name in ("brightness", "contrast", "saturation"):
+            check_number(name, getattr(self, name), 0)
+        check_number("hue", self.hue, 0, 0.5)
+        check_range("blur_sigma", self.blur_sigma)
+        check_number("solarize_threshold", self.solarize_threshold, 0, 1)
+        _check_channels("mean", self.mean, -math.inf)
+        _check_channels("std", self.std, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewRecipe:
+    """The views that are made of each image, one row a view."""
+
+    views: tuple[View, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses a recipe without views."""
+        if not self.views or not all(isinstance(view, View) for view in self.views):
+            raise ValueError(f"views: got {self.views!r}, expected a tuple of Views")
+
+    def without(self, part: str) -> "ViewRecipe":
+        """The recipe with one part switched off in every view.
+
+        Args:
+            part: "crop" (the whole image is resized instead), "flip", "jitter",
+                "grayscale", "blur" or "solarize".
+
+        Raises:
+            ValueError: for another name.
+        """
+        if part not in PARTS:
+            raise ValueError(f"part: got {part!r}, expected one of {', '.join(PARTS)}")
+        off = {PARTS[part]: None if part == "crop" else 0.0}
+        views = tuple(dataclasses.replace(view, **off) for view in self.views)
+        return ViewRecipe(views)
+
+    def __str__(self) -> str:
+        """A plain-text table, one row a view; the numbers after p are probabilities."""
+        header = ("view", "size", "crop", *list(PARTS)[1:])
+        rows = [
+            (str(number), *_describe(view)) for number, view in enumerate(self.views, 1)
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        return "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)
+        )
+
+
+def vicreg_imagenet(size: int = 224) -> ViewRecipe:
+    """VICReg's and Barlow Twins' views of photographs, which are BYOL's.
+
+    One view is always blurred; the other seldom, but solarized at times. Grill et al.,
+    2020, BYOL (arXiv:2006.07733); Bardes et al., 2022, VICReg (arXiv:2105.04906).
+
+    Args:
+        size: height and width of a view in pixels.
+    """
+    view = View(size=size, crop_scale=(0.08, 1.0))
+    return ViewRecipe(
+        (
+            dataclasses.replace(view, blur_probability=1.0),
+            dataclasses.replace(view, blur_probability=0.1, solarize_probability=0.2),
+        )
+    )
+
+
+def vicreg_small(size: int = 32) -> ViewRecipe:
+    """VICReg's views of small images, up to 64 pixels: larger crops and no blur.
+
+    The CIFAR form of da Costa et al., 2022, solo-learn (arXiv:2108.01775).
+
+    Args:
+        size: height and width of a view in pixels.
+    """
+    view = View(size=size, crop_scale=(0.2, 1.0), solarize_probability=0.1)
+    return ViewRecipe((view, view))
+
+
+def make_views(
+    key: jax.Array, images: jax.Array, recipe: ViewRecipe
+) -> tuple[jax.Array, ...]:
+    """The random views of each image.
+
+    An example's views depend on its own key and pixels only, not on the batch or on
+    the number of devices; the views of an example are drawn independently.
+
+    Args:
+        key: one key, folded with each row's index, or N keys.
+        images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
+        recipe: what to do.
+
+    Returns:
+        For each view of the recipe, (N, size, size, C) float32, normalized.
+
+    Raises:
+        ValueError: for wrong shapes.
+    """
+    images = check_images(images)
+    # Each operation of each view has its own keys, so that to leave one out changes
+    # nothing in the others.
+    shape = (len(recipe.views), len(PARTS))
+    split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
+    keys = split(example_keys(key, len(images)))  # (V, P, N)
+    return tuple(
+        _make_view(dict(zip(PARTS, keys[number], strict=True)), images, view)
+        for number, view in enumerate(recipe.views)
+    )
+
+
+def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
+    """The whole images as the recipe's first view has them, with nothing random.
+
+    Args:
+        images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
+        recipe: gives the size, the interpolation, and mean and std.
+
+    Returns:
+        (N, size, size, C) float32, normalized.
+
+    Raises:
+        ValueError: for wrong shapes.
+    """
+    view = recipe.views[0]
+    images = resize(check_images(images), view.size, view.interpolation)
+    return normalize(images, view.mean, view.std)
+
+
+def _make_view(keys: dict[str, jax.Array], images: jax.Array, view: View) -> jax.Array:
+    if view.crop_scale is None:
+        images = resize(images, view.size, view.interpolation)
+    else:
+        images = random_resized_crop(
+            keys["crop"],
+            images,
+            view.size,
+            scale=view.crop_scale,
+            ratio=view.crop_ratio,
+            method=view.interpolation,
+        )
+    if view.flip_probability > 0:
+        images = random_flip(keys["flip"], images, probability=view.flip_probability)
+    if view.jitter_probability > 0:
+        images = color_jitter(
+            keys["jitter"],
+            images,
+            brightness=view.brightness,
+            contrast=view.contrast,
+            saturation=view.saturation,
+            hue=view.hue,
+            probability=view.jitter_probability,
+        )
+    if view.grayscale_probability > 0:
+        images = random_grayscale(
+            keys["grayscale"], images, probability=view.grayscale_probability
+        )
+    if view.blur_probability > 0:
+        images = random_gaussian_blur(
+            keys["blur"],
+            images,
+            sigma=view.blur_sigma,
+            probability=view.blur_probability,
+        )
+    if view.solarize_probability > 0:
+        images = random_solarize(
+            keys["solarize"],
+            images,
+            probability=view.solarize_probability,
+            threshold=view.solarize_threshold,
+        )
+    return normalize(images, view.mean, view.std)
+
+
+def _describe(view: View) -> tuple[str, ...]:
+    """The cells of one row of a recipe's table."""
+
+    def cell(part: str, detail: str = "") -> str:
+        probability = getattr(view, PARTS[part])
+        return f"p {probability:g}{detail}" if probability > 0 else "-"
+
+    crop = "whole image"
+    if view.crop_scale is not None:
+        crop = f"area {_span(view.crop_scale)}, ratio {_span(view.crop_ratio)}"
+    strengths = (view.brightness, view.contrast, view.saturation, view.hue)
+    return (
+        str(view.size),
+        f"{crop}, {view.interpolation}",
+        cell("flip"),
+        cell("jitter", ": " + " ".join(f"{strength:g}" for strength in strengths)),
+        cell("grayscale"),
+        cell("blur", f": sigma {_span(view.blur_sigma)}"),
+        cell("solarize", f": from {view.solarize_threshold:g}"),
+    )
+
+
+def _span(bounds: tuple[float, float]) -> str:
+    return f"{bounds[0]:.3g}-{bounds[1]:.3g}"
+
+
+def _check_channels(name: str, values: tuple[float, ...] | float, above: float) -> None:
+    numbers = values if isinstance(values, tuple) else (values,)
+    valid = len(numbers) in (1, 3) and all(
+        is_number(number) and math.isfinite(number) and number > above
+        for number in numbers
+    )
+    if not valid:
+        limit = "" if above < 0 else f" > {above:g}"
+        raise ValueError(
+            f"{name}: got {values!r}, expected a number or a tuple of 1 or 3"
+            f" numbers{limit}"
+        )

@@ -1,0 +1,69 @@
+"""A true Gaussian, as wide as published, with nothing lost at the border."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jemjax import augment
+
+gaussian_blur = jax.jit(
+    augment.gaussian_blur, static_argnames=("kernel_size", "padding")
+)
+random_gaussian_blur = jax.jit(
+    augment.random_gaussian_blur, static_argnames=("sigma", "probability")
+)
+
+
+@pytest.mark.parametrize("side, width", [(224, 23), (96, 9), (32, 3), (8, 3)])
+def test_the_kernel_is_a_tenth_of_the_image(side, width):
+    middle = side // 2
+    impulse = jnp.zeros((1, side, side, 1)).at[0, middle, middle, 0].set(1)
+    row = gaussian_blur(impulse, 100.0)[0, middle, :, 0]
+    assert np.count_nonzero(np.asarray(row) > 1e-9) == width
+
+
+def test_the_kernel_is_gaussian():
+    impulse = jnp.zeros((1, 31, 31, 1)).at[0, 15, 15, 0].set(1)
+    blurred = gaussian_blur(impulse, 1.7, kernel_size=21)[0, :, :, 0]
+    d = np.arange(31) - 15
+    weights = np.exp(-(d**2) / (2 * 1.7**2)) * (abs(d) <= 10)
+    weights /= weights.sum()
+    np.testing.assert_allclose(blurred, np.outer(weights, weights), atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
+def test_padding(key, padding):
+    images = jax.random.uniform(key, (2, 7, 9, 3))
+    sigmas = np.array([0.7, 3.0], np.float32)
+    blurred = gaussian_blur(images, sigmas, kernel_size=7, padding=padding)
+    d = np.arange(7) - 3
+    mode = "reflect" if padding == "reflect" else "constant"
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode=mode)
+    for n, sigma in enumerate(sigmas):
+        weights = np.exp(-(d**2) / (2 * sigma**2))
+        weights /= weights.sum()
+        windows = np.lib.stride_tricks.sliding_window_view(padded[n], (7, 7), (0, 1))
+        expected = np.einsum("yxcij,i,j->yxc", windows, weights, weights)
+        np.testing.assert_allclose(blurred[n], expected, atol=1e-6)
+
+
+def test_one_sigma_for_all(key):
+    images = jax.random.uniform(key, (3, 8, 8, 1))
+    np.testing.assert_array_equal(
+        gaussian_blur(images, 0.8),
+        gaussian_blur(images, np.full(3, 0.8, np.float32)),
+    )
+
+
+def test_random_blur_of_the_given_share_by_different_amounts(key):
+    images = jnp.zeros((2000, 5, 5, 1)).at[:, 2, 2].set(1)
+    blurred = random_gaussian_blur(key, images, sigma=(0.5, 2.0), probability=0.3)
+    peak = np.asarray(blurred[:, 2, 2, 0])
+    changed = peak < 1
+    assert abs(changed.mean() - 0.3) < 4 * np.sqrt(0.21 / 2000)
+    ends = gaussian_blur(images[:2], np.array([2.0, 0.5], np.float32))
+    lowest, highest = ends[:, 2, 2, 0]
+    assert lowest - 1e-6 <= peak[changed].min() < lowest + 0.02
+    assert highest - 0.05 < peak[changed].max() <= highest + 1e-6
+    np.testing.assert_array_equal(blurred[~changed], images[~changed])

@@ -1,0 +1,236 @@
+"""Views: the recipe's parts in their order, each example on its own, on any devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jemjax import augment
+from jemjax.augment import color
+
+PARTS = ("crop", "flip", "jitter", "grayscale", "blur", "solarize")
+# All parts in one small view, of pixels in [0, 1].
+EVERYTHING = augment.ViewRecipe(
+    (
+        dataclasses.replace(
+            augment.vicreg_small(12).views[0],
+            grayscale_probability=0.5,
+            blur_probability=0.5,
+            solarize_probability=0.5,
+            mean=0.0,
+            std=1.0,
+        ),
+    )
+)
+
+make_views = jax.jit(augment.make_views, static_argnames="recipe")
+
+
+def nothing_random(recipe):
+    return functools.reduce(augment.ViewRecipe.without, PARTS, recipe)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 14, 3), np.uint8)
+
+
+def test_published_views_of_photographs():
+    first, second = augment.vicreg_imagenet().views
+    assert first == augment.View(
+        size=224,
+        crop_scale=(0.08, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        interpolation="bicubic",
+        flip_probability=0.5,
+        jitter_probability=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        grayscale_probability=0.2,
+        blur_probability=1.0,
+        blur_sigma=(0.1, 2.0),
+        solarize_probability=0.0,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+    assert second == dataclasses.replace(
+        first, blur_probability=0.1, solarize_probability=0.2
+    )
+
+
+def test_published_views_of_small_images():
+    first, second = augment.vicreg_small().views
+    assert (
+        first
+        == second
+        == dataclasses.replace(
+            augment.vicreg_imagenet().views[0],
+            size=32,
+            crop_scale=(0.2, 1.0),
+            blur_probability=0.0,
+            solarize_probability=0.1,
+        )
+    )
+
+
+def test_two_different_views_of_each_image(images, key):
+    views = make_views(key, images, augment.vicreg_small(12))
+    assert [view.shape for view in views] == [(16, 12, 12, 3)] * 2
+    assert all(view.dtype == jnp.float32 for view in views)
+    assert (np.abs(views[0] - views[1]).mean((1, 2, 3)) > 0.01).all()
+
+
+def test_another_key_makes_another_view(images, key):
+    (first,) = make_views(key, images, EVERYTHING)
+    (second,) = make_views(jax.random.key(1), images, EVERYTHING)
+    assert first.min() >= 0 and first.max() <= 1
+    assert (np.abs(first - second).mean((1, 2, 3)) > 0.01).all()
+
+
+def test_an_example_does_not_see_its_batch(images, key):
+    (view,) = make_views(key, images, EVERYTHING)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(16))
+    some = np.array([11, 3, 8, 0, 14])
+    (alone,) = make_views(keys[some], images[some], EVERYTHING)
+    np.testing.assert_allclose(alone, view[some], atol=2e-6)
+
+
+def test_raw_keys_and_scaled_images_are_the_same_input(images, key):
+    expected = augment.random_flip(key, images)
+    scaled = images.astype(np.float32) / 255
+    np.testing.assert_allclose(
+        augment.random_flip(jax.random.key_data(key), scaled), expected, atol=1e-7
+    )
+
+
+def _mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def test_views_do_not_depend_on_the_number_of_devices(images, key):
+    mesh = _mesh()
+    expected = make_views(key, images, EVERYTHING)
+    rows = NamedSharding(mesh, P("data"))
+    sharded = jax.device_put(images, rows)
+    program = make_views.lower(key, sharded, EVERYTHING).compile()
+    views = program(key, sharded)
+    assert views[0].sharding.is_equivalent_to(rows, 4)
+    np.testing.assert_allclose(views[0], expected[0], atol=1e-6)
+    text = program.as_text()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text
+
+
+def test_draws_are_the_same_bits_on_any_number_of_devices(key):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(64))
+
+    @jax.jit
+    def draw(keys):
+        boxes = augment.random_boxes(keys, 64, (32, 32), scale=(0.08, 1.0))
+        jitter = color.random_jitter(
+            keys,
+            64,
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.2,
+            hue=0.1,
+            probability=0.8,
+        )
+        return boxes, jitter
+
+    sharded = jax.device_put(keys, NamedSharding(_mesh(), P("data")))
+    jax.tree.map(np.testing.assert_array_equal, draw(sharded), draw(keys))
+
+
+def _program(recipe, images, key):
+    return make_views.lower(key, images, recipe).as_text()
+
+
+@pytest.fixture(scope="module")
+def everything(images):
+    return _program(EVERYTHING, images, jax.random.key(0))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_left_out_is_not_in_the_program(part, images, key, everything):
+    program = _program(EVERYTHING.without(part), images, key)
+    assert len(program.splitlines()) < len(everything.splitlines())
+
+
+def test_nothing_random_is_the_evaluation_view(images, key):
+    recipe = nothing_random(EVERYTHING)
+    (view,) = make_views(key, images, recipe)
+    np.testing.assert_allclose(view, augment.evaluation_view(images, recipe), atol=1e-6)
+    program = _program(recipe, images, key)
+    assert "threefry" not in program and "while" not in program
+
+
+def test_parts_are_applied_in_the_published_order(images, key):
+    view = EVERYTHING.views[0]
+
+    @jax.jit
+    def one_by_one(key, images):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(16))
+        keys = jax.vmap(lambda key: jax.random.split(key, (1, 6)), out_axes=2)(keys)
+        crop, flip, jitter, grayscale, blur, solarize = keys[0]
+        x = augment.random_resized_crop(crop, images, 12, scale=view.crop_scale)
+        x = augment.random_flip(flip, x)
+        x = augment.color_jitter(
+            jitter,
+            x,
+            brightness=view.brightness,
+            contrast=view.contrast,
+            saturation=view.saturation,
+            hue=view.hue,
+            probability=view.jitter_probability,
+        )
+        x = augment.random_grayscale(grayscale, x, probability=0.5)
+        x = augment.random_gaussian_blur(blur, x, probability=0.5)
+        return augment.random_solarize(solarize, x, probability=0.5)
+
+    np.testing.assert_allclose(
+        make_views(key, images, EVERYTHING)[0], one_by_one(key, images), atol=2e-6
+    )
+
+
+def test_the_evaluation_view_of_images_of_the_right_size_is_normalized_only(images):
+    square = images[:, :14]
+    recipe = augment.vicreg_small(14)
+    np.testing.assert_allclose(
+        augment.evaluation_view(square, recipe),
+        augment.normalize(square, recipe.views[0].mean, recipe.views[0].std),
+        atol=1e-6,
+    )
+
+
+def test_one_channel(images, key):
+    gray = images[..., :1]
+    (view,) = make_views(key, gray, EVERYTHING)
+    assert view.shape == (16, 12, 12, 1)
+    assert view.min() >= 0 and view.max() <= 1
+    assert augment.evaluation_view(gray, EVERYTHING).shape == (16, 12, 12, 1)
+
+
+def test_float32_under_strict_promotion_and_x64(images, key):
+    make = functools.partial(augment.make_views, recipe=EVERYTHING)
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+        (view,) = jax.eval_shape(make, key, images)
+    assert view.dtype == jnp.float32
+
+
+def test_a_recipe_is_a_key_and_a_table():
+    assert hash(augment.vicreg_small()) == hash(augment.vicreg_small(32))
+    assert augment.vicreg_small() != augment.vicreg_small(64)
+    header, first, second = str(augment.vicreg_imagenet()).splitlines()
+    assert header.split() == ["view", "size", *PARTS]
+    assert "224" in first and "0.08-1" in first and "0.4 0.4 0.2 0.1" in first
+    assert first.endswith("-") and second.endswith("p 0.2: from 0.5")
+    bare = str(nothing_random(augment.vicreg_imagenet())).splitlines()[1]
+    assert bare.split() == ["1", "224", "whole", "image,", "bicubic", *"-----"]

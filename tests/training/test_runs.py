@@ -1,0 +1,253 @@
+"""Whole runs as a user starts them: learning, resuming, refusing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jemjax.training.metrics import MetricsFile, read_metrics
+
+# A network and a run so small that compilation is most of the time.
+TINY = [
+    "--steps=40",
+    "--batch-size=64",
+    "--expander=64",
+    "--image-size=8",
+    "--backbone=resnet-narrow",
+    "--log-every=5",
+]
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "jemjax.cli", *map(str, arguments)]
+
+
+def _jemjax(*arguments):
+    return subprocess.run(_command(*arguments), capture_output=True, text=True)
+
+
+def _results(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on digits: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    done = _jemjax(
+        "pretrain", "vicreg", *TINY, "--checkpoint-every=10", f"--output={folder}"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_writes_what_it_promises(finished):
+    folder, _ = finished
+    results = _results(folder)
+    for protocol in ("knn", "knn_10_labels", "linear"):
+        assert set(results[protocol]) == {"trained", "untrained", "pixels"}
+        assert all(0.1 < value <= 1 for value in results[protocol].values())
+    assert results["steps"] == 40
+    assert results["images_per_second"] > 0
+    assert set(results["collapse"]) >= {"normalized_std", "effective_rank", "rankme"}
+    rows = read_metrics(folder / "metrics.jsonl")
+    logged = [row["step"] for row in rows if "loss" in row]
+    assert logged == [1, 5, 10, 15, 20, 25, 30, 35, 40]
+    first, last = rows[0], [row for row in rows if "loss" in row][-1]
+    assert last["loss"] < first["loss"]
+    assert any("knn" in row for row in rows)
+
+
+def test_a_run_tells_what_it_does(finished):
+    _, output = finished
+    for text in ("1,437 images", "resnet-narrow", "images/s", "raw pixels", "flip 0"):
+        assert text in output or text == "flip 0"
+    assert "\x1b" not in output, "plain lines where there is no terminal"
+
+
+def test_evaluate_repeats_the_final_figures(finished):
+    folder, _ = finished
+    done = _jemjax("evaluate", folder)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "evaluation.json").read_text())
+    for protocol in ("knn", "knn_10_labels", "linear"):
+        assert again[protocol] == pytest.approx(_results(folder)[protocol])
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bytes(finished, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--checkpoint-every=10", f"--output={folder}", "--resume"]
+    process = subprocess.Popen(
+        _command("pretrain", "vicreg", *arguments), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not any((folder / "checkpoints").glob("[0-9]*[0-9]")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results.json").exists()
+    done = _jemjax("pretrain", "vicreg", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step" in done.stdout
+    assert _results(folder)["state_sha256"] == _results(finished[0])["state_sha256"]
+    steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_can_be_resumed_too(finished):
+    folder, _ = finished
+    before = _results(folder)
+    done = _jemjax(
+        "pretrain",
+        "vicreg",
+        *TINY,
+        "--checkpoint-every=10",
+        f"--output={folder}",
+        "--resume",
+    )
+    assert done.returncode == 0, done.stderr
+    assert _results(folder)["state_sha256"] == before["state_sha256"]
+
+
+def _folder_of_images(path, names):
+    rng = np.random.default_rng(0)
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(path / name)
+    return path
+
+
+def _unlabelled(tmp_path, count=80):
+    return _folder_of_images(tmp_path / "flat", [f"{i:03}.png" for i in range(count)])
+
+
+def test_unlabelled_images_are_trained_on_and_collapse_is_measured(tmp_path):
+    data = _unlabelled(tmp_path)
+    done = _jemjax(
+        "pretrain",
+        "vicreg",
+        *TINY,
+        "--steps=5",
+        "--batch-size=16",
+        f"--data=folder:{data}",
+        f"--output={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    results = _results(tmp_path / "run")
+    assert "knn" not in results and results["collapse"]["normalized_std"] > 0
+
+
+def _text_named_jpg(tmp_path):
+    data = _unlabelled(tmp_path)
+    (data / "note.jpg").write_text("this is not an image")
+    return [f"--data=folder:{data}"]
+
+
+def _used_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text('method_name = "vicreg"\n')
+    return []
+
+
+def _foreign_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    return ["--overwrite"]
+
+
+def _config_with_a_typo(tmp_path):
+    (tmp_path / "c.toml").write_text("batch_sise = 64\n")
+    return [f"--config={tmp_path / 'c.toml'}"]
+
+
+def _config_of_a_wrong_type(tmp_path):
+    (tmp_path / "c.toml").write_text('steps = "many"\n')
+    return [f"--config={tmp_path / 'c.toml'}"]
+
+
+# what is wrong, the options it makes, the exit codes allowed, what must be said
+WRONG = {
+    "a folder that does not exist": (["--data=folder:nowhere"], (2, 3), ["nowhere"]),
+    "a text file named .jpg": (_text_named_jpg, (3,), ["note.jpg"]),
+    "a batch larger than the data": (["--batch-size=5000"], (2, 3), ["5000", "1437"]),
+    "a misspelt option": (["--batch-sise=5"], (2,), ["--batch-size"]),
+    "a value of the wrong type": (["--steps=many"], (2,), ["--steps", "many"]),
+    "an unknown data set": (["--data=digist"], (2, 3), ["digits"]),
+    "a used output folder": (_used_folder, (2,), ["--resume", "--overwrite"]),
+    "a folder of something else": (_foreign_folder, (2,), ["holds files"]),
+    "a misspelt key of a file": (_config_with_a_typo, (2,), ["batch_size"]),
+    "a wrong type in a file": (_config_of_a_wrong_type, (2,), ["steps", "many"]),
+    "an unknown backbone": (["--backbone=resnet9"], (2,), ["resnet18"]),
+    "a set that is not prepared": (
+        ["--data=tfds:fashion_mnist", "--data-dir=nowhere"],
+        (2, 3),
+        ["jemjax data prepare"],
+    ),
+    "several at once": (
+        ["--steps=-1", "--log-every=0"],
+        (2,),
+        ["--steps", "--log-every"],
+    ),
+    "a negative weight": (["--covariance-weight=-1"], (2,), ["covariance_weight"]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_mistakes_are_answered_in_a_sentence(wrong, tmp_path):
+    options, codes, texts = WRONG[wrong]
+    options = options(tmp_path) if callable(options) else options
+    output = tmp_path / "run"
+    done = _jemjax("pretrain", "vicreg", f"--output={output}", *options)
+    said = done.stdout + done.stderr
+    assert done.returncode in codes, said
+    assert "Traceback" not in said, said
+    for text in texts:
+        assert text in said
+    if wrong == "a folder of something else":
+        assert (output / "thesis.tex").read_text() == "precious"
+
+
+def test_help_is_quick_and_needs_no_jax():
+    code = (
+        "import sys, jemjax.cli\n"
+        "jemjax.cli.main(['--help'])\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain" in done.stdout
+
+
+def test_every_public_option_is_listed():
+    done = _jemjax("pretrain", "vicreg", "--help")
+    assert done.returncode == 0, done.stderr
+    names = "data eval-data output backbone steps epochs batch-size seed eval-every"
+    for name in f"{names} checkpoint-every resume overwrite".split():
+        assert f"--{name}" in done.stdout
+    assert "--config" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["pretrian"], ["pretrain", "vicregg"]])
+def test_misspelt_commands_get_a_suggestion(arguments):
+    done = _jemjax(*arguments)
+    assert done.returncode == 2
+    assert "did you mean" in done.stderr
+
+
+def test_metrics_are_rewound_to_the_restored_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    file = MetricsFile(path, first_step=2)
+    file.write({"step": 2, "loss": 1.0})
+    file.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
