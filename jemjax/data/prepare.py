@@ -137,10 +137,9 @@ def _write(
     total = sum(raw_set.sizes.values())
     set_name, set_version = name, version
 
-    class Builder(
-        tfds.core.GeneratorBasedBuilder,
-        skip_registration=True,  # pyright: ignore
-    ):
+    base: Any = tfds.core.GeneratorBasedBuilder
+
+    class Builder(base, skip_registration=True):  # pyright: ignore
         name = set_name
         VERSION = tfds.core.Version(set_version)
         done = 0

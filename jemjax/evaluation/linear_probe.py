@@ -85,15 +85,17 @@ def _fit(train, labels, test, l2, *, num_classes, max_iterations):
     scale = jnp.where(std > 0, std, 1.0)
     x = (train - mean) / scale  # (N, D)
 
-    def logits(params, rows):  # (D + 1, C), of which the last row is the bias
-        products = jnp.matmul(rows, params[:-1], precision=lax.Precision.HIGHEST)
-        return products + params[-1]
+    # (C, D + 1), of which the last column is the bias. In this layout the gradient of
+    # the product is several times faster on a CPU than in that of the weights, (D, C).
+    def logits(params, rows):
+        products = jnp.matmul(rows, params[:, :-1].T, precision=lax.Precision.HIGHEST)
+        return products + params[:, -1]
 
     def objective(params):
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits(params, x), labels
         )
-        return jnp.mean(losses) + 0.5 * l2 * jnp.sum(jnp.square(params[:-1]))
+        return jnp.mean(losses) + 0.5 * l2 * jnp.sum(jnp.square(params[:, :-1]))
 
     solver = optax.lbfgs()
     value_and_grad: Any = optax.value_and_grad_from_state(objective)
@@ -110,11 +112,11 @@ def _fit(train, labels, test, l2, *, num_classes, max_iterations):
         )
         return iteration + 1, params + updates, state, jnp.max(jnp.abs(gradient))
 
-    start = jnp.zeros((x.shape[1] + 1, num_classes), x.dtype)
+    start = jnp.zeros((num_classes, x.shape[1] + 1), x.dtype)
     infinite = jnp.full((), jnp.inf, x.dtype)
     _, params, _, _ = lax.while_loop(
         unfinished, improve, (0, start, solver.init(start), infinite)
     )
-    weights = params[:-1] / scale[:, None]  # (D, C), for embeddings as given
-    bias = params[-1] - jnp.matmul(mean, weights, precision=lax.Precision.HIGHEST)
+    weights = params[:, :-1].T / scale[:, None]  # (D, C), for embeddings as given
+    bias = params[:, -1] - jnp.matmul(mean, weights, precision=lax.Precision.HIGHEST)
     return weights, bias, logits(params, (test - mean) / scale)

@@ -6,6 +6,7 @@ initialized to zero (Goyal et al., 2017, arXiv:1706.02677).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -175,7 +176,11 @@ def create_backbone(name: str, *, image_size: int, dtype: Any = jnp.float32) -> 
             f"backbone: got {name!r}, expected one of {', '.join(BACKBONES)}"
         )
     if name == "resnet-narrow":
-        return BACKBONES[name](dtype=dtype)
+        # Stages down to 4 x 4 pixels: below, convolutions waste their time.
+        stem: Stem = "patch" if image_size >= 24 else "small"
+        resolution = image_size / (2 if stem == "patch" else 1)
+        stages = min(3, max(1, 1 + round(math.log2(resolution / 4))))
+        return resnet_narrow(stage_sizes=(1,) * stages, stem=stem, dtype=dtype)
     return BACKBONES[name](
         stem="small" if image_size <= 64 else "imagenet", dtype=dtype
     )

@@ -1,0 +1,160 @@
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from jemjax.data import ArraySource, DataError, batches, open_data
+
+EXAMPLES = 23
+
+
+def numbered(examples=EXAMPLES):
+    """Images and labels that say which example they are of."""
+    numbers = np.arange(examples)
+    images = np.broadcast_to(numbers[:, None, None, None], (examples, 2, 3, 1))
+    return ArraySource(images.astype(np.uint8), numbers)
+
+
+def labels(count, **options):
+    stream = batches(numbered(), **{"batch_size": 8, "seed": 3, **options})
+    rows = [batch["label"] for batch in itertools.islice(stream, count)]
+    stream.close()
+    return np.array(rows)
+
+
+def write_images(folder, examples):
+    for i in range(examples):
+        path = folder / "train" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (3, 2), i).save(path)
+    (folder / "test").mkdir()
+    Image.new("L", (3, 2)).save(folder / "test" / "x.png")
+    return open_data(f"folder:{folder}")
+
+
+def test_batches_hold_images_with_their_labels():
+    batch = next(batches(numbered(), batch_size=8, seed=0))
+    assert batch["image"].shape == (8, 2, 3, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+
+
+def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
+    epochs = labels(EXAMPLES * 2).ravel().reshape(-1, EXAMPLES)  # batches cross epochs
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(EXAMPLES))
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_another_seed_is_another_order():
+    assert (labels(3, seed=3) == labels(3, seed=3)).all()
+    assert (labels(3, seed=3) != labels(3, seed=4)).any()
+
+
+@given(step=st.integers(0, 60), hosts=st.sampled_from([1, 2, 4, 8]))
+def test_rows_are_a_function_of_seed_and_step_on_any_number_of_hosts(step, hosts):
+    expected = labels(step + 3)[step:]
+    parts = [
+        labels(3, step=step, process_index=host, process_count=hosts)
+        for host in range(hosts)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+
+
+def test_a_step_far_ahead_is_reached_at_once():
+    assert labels(1, step=10**9).shape == (1, 8)
+
+
+def test_image_files_give_the_stream_of_images_in_memory(tmp_path):
+    source = write_images(tmp_path, EXAMPLES)
+    stream = batches(source, batch_size=8, seed=3, step=2)
+    for expected in labels(4, step=2):
+        np.testing.assert_array_equal(next(stream)["image"][:, 0, 0, 0], expected)
+    stream.close()
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_read():
+    with pytest.raises(DataError) as error:
+        batches(numbered(), batch_size=512, seed=0)
+    text = "a batch of 512 but only 23 images: use --batch-size 23 or less"
+    assert str(error.value) == text
+
+
+def test_a_batch_that_hosts_cannot_share_is_refused():
+    with pytest.raises(DataError, match="batch of 8 on 3 hosts: .* multiple of 3"):
+        batches(numbered(), batch_size=8, seed=0, process_count=3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("batch_size", 0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("step", -1),
+        ("process_count", 0),
+        ("process_index", 1),
+        ("workers", -1),
+    ],
+)
+def test_wrong_arguments_are_named(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}: got {value}, expected"):
+        batches(numbered(), **{"batch_size": 4, "seed": 0, argument: value})
+
+
+def test_an_unreadable_file_reaches_the_consumer_as_one_sentence(tmp_path):
+    source = write_images(tmp_path, 8)
+    (tmp_path / "train" / "005.png").write_text("text")
+    stream = batches(source, batch_size=8, seed=0)
+    with pytest.raises(DataError) as error:
+        next(stream)
+    assert "005.png: is a text file" in str(error.value)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+    stream.close()
+
+
+WORKERS = """
+import sys
+import numpy as np
+from jemjax.data import DataError, batches, open_data
+
+if __name__ == "__main__":
+    source = open_data("folder:" + sys.argv[1])
+    streams = [
+        batches(source, batch_size=8, seed=3, step=5, workers=workers,
+                process_index=1, process_count=2)
+        for workers in (0, 2)
+    ]
+    for _ in range(6):
+        threads, processes = (next(stream)["image"] for stream in streams)
+        assert type(processes) is np.ndarray
+        np.testing.assert_array_equal(threads, processes)
+    for path in sys.argv[2:]:
+        open(path, "w").write("text")
+    try:
+        for _ in range(20):
+            next(streams[1])
+    except DataError as error:
+        print("told:", error)
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing_and_tell_of_errors(tmp_path):
+    write_images(tmp_path, EXAMPLES)
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    files = [str(tmp_path / "train" / f"{i:03d}.png") for i in range(EXAMPLES)]
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *files],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("told:") and "is a text file" in run.stdout
+    assert "Traceback" not in run.stderr and "leaked" not in run.stderr
