@@ -78,16 +78,22 @@ class _Stream(Iterator[dict[str, np.ndarray]]):
     """Batches as plain arrays; ends its workers when it is dropped or Python exits."""
 
     def __init__(self, iterator: Any):
-        self._iterator = iterator
-        self.close = weakref.finalize(self, iterator.close)
+        self._iterators = [iterator]
+        self.close = weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
+        batch = next(self._iterators[0])
         # A worker's arrays lie in shared memory that goes with them.
         return {
             name: array if type(array) is np.ndarray else np.array(array, subok=False)
             for name, array in batch.items()
         }
+
+
+def _close(iterators: list[Any]) -> None:
+    """Closes Grain's iterator and lets go of it while Python can still clean up."""
+    while iterators:
+        iterators.pop().close()
 
 
 def _mark_flags_as_parsed() -> None:

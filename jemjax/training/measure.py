@@ -25,6 +25,8 @@ from jemjax.training.state import TrainState
 
 # Draws of the 10 labels a class over which the accuracy is averaged.
 FEW_LABEL_DRAWS = 5
+# Enough for the accuracy to settle, also for the thousands of pixels of raw images.
+PROBE_ITERATIONS = 100
 
 
 class Examples(NamedTuple):
@@ -121,7 +123,12 @@ def measure_protocols(train, test, examples: Examples) -> dict[str, float]:
     figures["knn_10_labels"] = float(np.mean(few))
     figures["linear"] = float(
         linear_probe(
-            train, labels, test, test_labels, num_classes=examples.num_classes
+            train,
+            labels,
+            test,
+            test_labels,
+            num_classes=examples.num_classes,
+            max_iterations=PROBE_ITERATIONS,
         ).accuracy
     )
     return figures

@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 import sys
 
@@ -144,17 +145,30 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-def test_worker_processes_change_nothing_and_tell_of_errors(tmp_path):
-    write_images(tmp_path, EXAMPLES)
-    script = tmp_path / "script.py"
+def run_with_workers(folder, *spoiled):
+    script = folder / "script.py"
     script.write_text(WORKERS)
-    files = [str(tmp_path / "train" / f"{i:03d}.png") for i in range(EXAMPLES)]
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *files],
+    return subprocess.run(
+        [sys.executable, str(script), str(folder), *map(str, spoiled)],
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing_and_end_quietly(tmp_path):
+    write_images(tmp_path, EXAMPLES)
+    run = run_with_workers(tmp_path)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    assert "Traceback" not in run.stderr and "leaked" not in run.stderr
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_process_reaches_the_consumer(tmp_path):
+    write_images(tmp_path, EXAMPLES)
+    files = sorted((tmp_path / "train").iterdir())
+    run = run_with_workers(tmp_path, *files)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("told:") and "is a text file" in run.stdout
-    assert "Traceback" not in run.stderr and "leaked" not in run.stderr
+    assert "Traceback" not in run.stderr
