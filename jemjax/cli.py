@@ -53,8 +53,12 @@ def _choose(what: str, given: str, choices: Sequence[str]) -> None:
 
 
 def _usage() -> str:
-    lines = ["usage: jemjax COMMAND [options]", "", __doc__.splitlines()[0], ""]
-    lines[2] = "Joint-embedding self-supervised learning in JAX."
+    lines = [
+        "usage: jemjax COMMAND [options]",
+        "",
+        "Joint-embedding self-supervised learning in JAX.",
+        "",
+    ]
     for name, (_, arguments, text) in COMMANDS.items():
         lines.append(f"  {f'{name} {arguments}'.strip():<22}{text}")
     lines += ["", f"methods: {', '.join(METHOD_NAMES)}"]

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def warmup_cosine(
     *, peak: float, warmup_steps: int, total_steps: int, final: float
-) -> Callable[[jax.Array | int], jax.Array]:
+) -> Callable[[ArrayLike], jax.Array]:
     """Linear warm-up from 0, then half a cosine.
 
     step < W:  peak step / W
@@ -34,7 +35,7 @@ def warmup_cosine(
     if not (peak >= 0 and final >= 0):
         raise ValueError(f"peak, final: got {peak}, {final}, expected numbers >= 0")
 
-    def schedule(step: jax.Array | int) -> jax.Array:
+    def schedule(step: ArrayLike) -> jax.Array:
         # A step is an integer: dividing it in the default dtype keeps x64 exact.
         step = jnp.asarray(step)
         warmup = peak * step / max(warmup_steps, 1)

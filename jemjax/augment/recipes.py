@@ -277,7 +277,9 @@ def _describe(view: View) -> tuple[str, ...]:
 
     crop = "whole image"
     if view.crop_scale is not None:
-        crop = f"area {_span(view.crop_scale)}, ratio {_span(view.crop_ratio)}"
+        crop = f"{_span(view.crop_scale)} of the area"
+        if view.crop_ratio != (3 / 4, 4 / 3):
+            crop += f", ratio {_span(view.crop_ratio)}"
     strengths = (view.brightness, view.contrast, view.saturation, view.hue)
     return (
         str(view.size),

@@ -10,6 +10,7 @@ from jemjax.data.sources import (
     in_memory,
     load_arrays,
     open_data,
+    spread,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "in_memory",
     "load_arrays",
     "open_data",
+    "spread",
 ]

@@ -217,7 +217,7 @@ def load_arrays(
     Returns:
         Images (N, H, W, C) uint8 and labels (N,) int32.
     """
-    indices = _spread(len(source), limit)
+    indices = spread(len(source), limit)
     if isinstance(source, ArraySource):
         batch = source.gather(indices)
         return batch["image"], batch["label"]
@@ -258,8 +258,8 @@ def in_memory(
     )
 
 
-def _spread(length: int, limit: int | None) -> np.ndarray:
-    """Indices of `limit` examples, one of each of `limit` equal stretches."""
+def spread(length: int, limit: int | None) -> np.ndarray:
+    """Indices of at most `limit` examples, one of each of as many equal stretches."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1")
     if limit is None or limit >= length:
@@ -493,7 +493,7 @@ def _survey_folder(
     a sample is looked at; an image that differs is brought to the shape when read.
     """
     if len(files) > HEADERS_READ:
-        indices = _spread(len(files), HEADERS_SAMPLED)
+        indices = spread(len(files), HEADERS_SAMPLED)
         logger.info(
             "%s: size and channels of %d files are those of %d of them",
             name,
@@ -613,7 +613,7 @@ def _open_tfds(
     if height is None or width is None:
         sizes = set()
         # Each costs a read of the whole record.
-        for index in _spread(len(examples), 256 if image_size is None else 1):
+        for index in spread(len(examples), 256 if image_size is None else 1):
             encoded = io.BytesIO(examples[int(index)][keys[0]])
             sizes.add(read_header(encoded, f"{name}[{index}]")[:2])
     else:

@@ -26,8 +26,8 @@ class VICReg(Method):
     name: ClassVar[str] = "vicreg"
 
     expander: tuple[int, ...] | None = None
-    """widths of the expander's layers: 8192 8192 8192, for small images 1024 1024 1024
-    unless given"""
+    """widths of the expander's layers; unless given, 8192 8192 8192, and 512 512 512
+    for small images"""
     invariance_weight: float = 25.0
     """weight of the mean squared distance between views"""
     variance_weight: float = 25.0
@@ -50,7 +50,7 @@ class VICReg(Method):
     # decorrelation also removes dependencies that are not linear in the features.
     def projector(self, image_size: int) -> nn.Module:
         """The expander: Linear, BatchNorm, ReLU, and a last Linear without bias."""
-        width = 1024 if image_size <= SMALL_IMAGE else 8192
+        width = 512 if image_size <= SMALL_IMAGE else 8192
         return expander(self.expander or (width,) * 3)
 
     # What is the other branch? The same network with the same weights, and gradients
@@ -75,10 +75,10 @@ class VICReg(Method):
         if image_size <= SMALL_IMAGE:
             return Defaults(
                 backbone="resnet-narrow",
-                batch_size=256,
-                epochs=20,
+                batch_size=128,
+                epochs=12,
                 minimum_steps=1000,
-                optimization=Optimization("adamw", 2e-3, 1e-4, 1.0, 1e-3),
+                optimization=Optimization("adamw", 6e-3, 1e-4, 0.5, 1e-3),
             )
         return Defaults(
             backbone="resnet50",

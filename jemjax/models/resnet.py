@@ -145,7 +145,7 @@ resnet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
 resnet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
 # Trains in minutes on two cores: half the resolution at once, and one block a stage.
 resnet_narrow = functools.partial(
-    ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=64, stem="patch"
+    ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=32, stem="patch"
 )
 
 BACKBONES: dict[str, Callable[..., ResNet]] = {

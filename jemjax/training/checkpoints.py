@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -61,7 +62,7 @@ class Checkpoints:
                 f" ({str(error).splitlines()[0][:200]}): remove that folder to resume"
                 " from an earlier one"
             ) from error
-        return restored.state
+        return restored["state"]
 
     def close(self) -> None:
         """Waits until the last save is committed."""
@@ -73,7 +74,7 @@ def fingerprint(state: TrainState) -> str:
     """SHA-256 over the bytes of every array of a state, by path."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(state):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(

@@ -134,12 +134,18 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
         UserError: listing every problem.
     """
     shortest = min(source.image_shape[:2])
-    image_size = config.image_size or (shortest if shortest <= SMALL_IMAGE else 224)
+    image_size = config.image_size
+    if image_size is None:
+        image_size = shortest if shortest <= SMALL_IMAGE else 224
     defaults = config.method.defaults(image_size)
-    batch_size = config.batch_size or defaults.batch_size
+    batch_size = config.batch_size
+    if batch_size is None:
+        batch_size = defaults.batch_size
     steps = config.steps
     if steps is None:
-        epochs = config.epochs or defaults.epochs
+        epochs = defaults.epochs if config.epochs is None else config.epochs
+        if not 0 < epochs < math.inf:
+            raise UserError(f"--epochs: got {epochs}, expected a positive number")
         steps = math.ceil(epochs * len(source) / max(batch_size, 1))
         if config.epochs is None:
             steps = max(steps, defaults.minimum_steps)
@@ -198,9 +204,15 @@ def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
     for name in ("eval_every", "checkpoint_every", "workers", "seed"):
         if getattr(config, name) < 0:
             yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 0"
-    if given.epochs is not None and not given.epochs > 0:
-        yield f"--epochs: got {given.epochs}, expected a positive number"
-    if config.batch_size > examples:
+    if config.seed >= 2**32:
+        yield f"--seed: got {config.seed}, expected less than 2^32"
+    options = Optimization(**dataclasses.asdict(config.optimizer))
+    if not 0 <= options.momentum < 1:
+        yield (
+            f"--optimizer.momentum: got {options.momentum}, expected at least 0 and"
+            " less than 1"
+        )
+    if config.batch_size is not None and config.batch_size > examples:
         yield (
             f"--batch-size: got {config.batch_size}, but {config.data} has only"
             f" {examples} images: choose {examples} or fewer"
@@ -210,8 +222,8 @@ def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
     if config.resume and config.overwrite:
         yield "--resume and --overwrite exclude each other: give one of them"
     for name in ("learning_rate", "weight_decay", "warmup_epochs", "final_fraction"):
-        value = getattr(config.optimizer, name)
-        if not (math.isfinite(value) and value >= 0):
+        value = getattr(options, name)
+        if not 0 <= value < math.inf:
             yield (
                 f"--optimizer.{_flag(name)}: got {value}, expected a finite number >= 0"
             )

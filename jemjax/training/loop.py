@@ -1,10 +1,12 @@
 """A run, from its configuration to its results."""
 
 import dataclasses
+import functools
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax
 import jax
@@ -13,12 +15,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from jemjax import __version__
 from jemjax.augment import ViewRecipe
 from jemjax.data import Source, batches, in_memory, open_data
 from jemjax.errors import UserError
-from jemjax.methods import METHODS
+from jemjax.methods import METHODS, Optimization
 from jemjax.models import JointEmbedding, create_backbone
 from jemjax.targets import warmup_cosine
 from jemjax.training.checkpoints import Checkpoints, fingerprint
@@ -30,7 +33,8 @@ from jemjax.training.config import (
     to_toml,
 )
 from jemjax.training.measure import (
-    load_examples,
+    choose_examples,
+    embed_examples,
     make_features,
     measure,
     measure_knn,
@@ -50,7 +54,7 @@ class Run(NamedTuple):
     network: nn.Module
     recipe: ViewRecipe
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    schedule: Callable[[ArrayLike], jax.Array]
     image_shape: tuple[int, int, int]
 
     def init(self) -> TrainState:
@@ -73,14 +77,21 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
             f"--batch-size: got {config.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )
-    dtype = jnp.dtype(config.compute_dtype)
-    network = JointEmbedding(
-        backbone=create_backbone(
-            config.backbone, image_size=config.image_size, dtype=dtype
-        ),
-        projector=config.method.projector(config.image_size),
-    )
-    options = config.optimizer
+    try:
+        network = JointEmbedding(
+            backbone=create_backbone(
+                config.backbone,
+                image_size=config.image_size,
+                dtype=jnp.dtype(config.compute_dtype),
+            ),
+            projector=config.method.projector(config.image_size),
+        )
+        recipe = config.views.apply(config.method.views(config.image_size))
+        embedding = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+        jax.eval_shape(config.method.loss, (embedding,) * len(recipe.views))
+    except ValueError as error:  # argument, got, expected
+        raise UserError(f"{config.method.name}: {error}") from error
+    options = Optimization(**dataclasses.asdict(config.optimizer))
     peak = options.learning_rate * config.batch_size / 256
     schedule = warmup_cosine(
         peak=peak,
@@ -97,7 +108,6 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         weight_decay=options.weight_decay,
         momentum=options.momentum,
     )
-    recipe = config.views.apply(config.method.views(config.image_size))
     return Run(config, mesh, network, recipe, optimizer, schedule, source.image_shape)
 
 
@@ -116,17 +126,11 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     """
     began = time.monotonic()
     display = display or Display()
-    source = in_memory(open_data(config.data, split="train", data_dir=config.data_dir))
+    source = _open(config.data, "train", config, display)
     config = resolve(config, source)
-    assert config.steps and config.batch_size and config.output
-    test = in_memory(
-        open_data(config.eval_data or "", split="test", data_dir=config.data_dir)
-    )
-    if test.image_shape[2] != source.image_shape[2]:
-        raise UserError(
-            f"--eval-data {config.eval_data}: its images have {test.image_shape[2]}"
-            f" channels, those of {config.data} have {source.image_shape[2]}"
-        )
+    assert config.steps and config.batch_size and config.output and config.eval_data
+    test = _open(config.eval_data, "test", config, display)
+    _check_test(config, source, test)
     run = build(config, source)
     folder = _prepare_folder(config)
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
@@ -145,7 +149,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     finally:
         checkpoints.close()
 
-    examples = load_examples(source, test, config.final_examples)
+    examples = choose_examples(source, test, config.final_examples)
     results = {
         "method": config.method.name,
         "data": config.data,
@@ -161,6 +165,13 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     display.results(results)
     display.say(f"written to {folder / 'results.json'}")
     return results
+
+
+def _open(
+    name: str, split: Literal["train", "test"], config: PretrainConfig, display: Display
+) -> Source:
+    source = open_data(name, split=split, data_dir=config.data_dir)
+    return in_memory(source, progress=display.reading(f"{name}, {split}"))
 
 
 def _train(
@@ -183,8 +194,7 @@ def _train(
         config.method, run.network, run.recipe, run.optimizer, run.mesh
     )
     features = make_features(run.network, run.recipe, run.mesh)
-    labelled = source.num_classes > 0
-    monitor = load_examples(source, test, config.eval_examples)
+    monitor = choose_examples(source, test, config.eval_examples)
     metrics_file = MetricsFile(folder / "metrics.jsonl", first + 1)
     stream = batches(
         source,
@@ -228,12 +238,9 @@ def _train(
                     "images/s": rate,
                 } | {k: v for k, v in shown.items() if k == "kNN"}
                 display.step(step, total, shown)
-            if _due(step, config.eval_every) and step < total and labelled:
-                knn = measure_knn(
-                    features(state, monitor.train_images),
-                    features(state, monitor.test_images),
-                    monitor,
-                )
+            if _due(step, config.eval_every) and step < total and monitor.num_classes:
+                embed = functools.partial(features, state)
+                knn = measure_knn(embed_examples(monitor, embed))
                 metrics_file.write({"step": step, "knn": knn})
                 shown["kNN"] = knn
                 mark, marked = time.monotonic(), step
@@ -351,8 +358,11 @@ def evaluate(
     same = data is None and eval_data is None
     eval_data = eval_data or data or config.eval_data or config.data
     data = data or config.data
-    source = in_memory(open_data(data, split="train", data_dir=config.data_dir))
-    test = in_memory(open_data(eval_data, split="test", data_dir=config.data_dir))
+    source = _open(data, "train", config, display)
+    test = _open(eval_data, "test", config, display)
+    _check_test(
+        dataclasses.replace(config, data=data, eval_data=eval_data), source, test
+    )
     run = build(config, source)
     untrained = run.init()
     checkpoints = Checkpoints(folder)
@@ -368,7 +378,7 @@ def evaluate(
         **measure(
             state,
             untrained,
-            load_examples(source, test, config.final_examples),
+            choose_examples(source, test, config.final_examples),
             make_features(run.network, run.recipe, run.mesh),
             run.recipe,
             display.say,
@@ -381,8 +391,25 @@ def evaluate(
     return results
 
 
+def _check_test(config: PretrainConfig, source: Source, test: Source) -> None:
+    if test.image_shape[2] != source.image_shape[2]:
+        raise UserError(
+            f"--eval-data {config.eval_data}: its images have {test.image_shape[2]}"
+            f" channels, those of {config.data} have {source.image_shape[2]}"
+        )
+    if source.num_classes and test.num_classes:
+        strangers = set(test.class_names) - set(source.class_names)
+        if strangers or test.num_classes != source.num_classes:
+            raise UserError(
+                f"--eval-data {config.eval_data}: has the classes"
+                f" {', '.join(test.class_names[:5])}, ... but {config.data} has"
+                f" {', '.join(source.class_names[:5])}, ...; both need the same"
+            )
+
+
 def _header(run: Run, source: Source, test: Source):
     config = run.config
+    assert config.steps
     height, width, channels = source.image_shape
     yield (
         "data",

@@ -1,7 +1,10 @@
 """How good a representation is: frozen features, by the protocols of `evaluation`."""
 
+import collections
+import concurrent.futures
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from jemjax.augment import ViewRecipe, evaluation_view
-from jemjax.data import Source, load_arrays
+from jemjax.data import Source, spread
 from jemjax.evaluation import (
     effective_rank,
     few_labels,
@@ -23,6 +26,9 @@ from jemjax.evaluation import (
 from jemjax.training.mesh import to_devices
 from jemjax.training.state import TrainState
 
+BATCH_SIZE = 512
+# Threads that decode images, each a batch ahead.
+READERS = 4
 # Draws of the 10 labels a class over which the accuracy is averaged.
 FEW_LABEL_DRAWS = 5
 # Enough for the accuracy to settle, also for the thousands of pixels of raw images.
@@ -30,33 +36,81 @@ PROBE_ITERATIONS = 100
 
 
 class Examples(NamedTuple):
-    """Labelled images in memory: the neighbors, and those that are asked about."""
+    """Which images a measurement uses: the neighbors, and those that are asked about.
 
-    train_images: np.ndarray  # (N, H, W, C) uint8
+    They are read batch by batch when they are embedded, so that a large set of large
+    images need not fit in memory.
+    """
+
+    train: Source
+    train_indices: np.ndarray  # (N,)
+    test: Source
+    test_indices: np.ndarray  # (M,)
+    num_classes: int  # 0 where there are no labels to predict
+
+
+class Embedded(NamedTuple):
+    """Embeddings of a measurement's images, with their labels."""
+
+    train: np.ndarray  # (N, D)
     train_labels: np.ndarray  # (N,)
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    test: np.ndarray  # (M, D)
+    test_labels: np.ndarray  # (M,)
     num_classes: int
 
 
-def load_examples(train: Source, test: Source, limit: int) -> Examples:
+def choose_examples(train: Source, test: Source, limit: int) -> Examples:
     """At most `limit` images of each of the two, evenly spread."""
     return Examples(
-        *load_arrays(train, limit=limit),
-        *load_arrays(test, limit=limit),
-        num_classes=train.num_classes,
+        train,
+        spread(len(train), limit),
+        test,
+        spread(len(test), limit),
+        train.num_classes if test.num_classes else 0,
     )
 
 
+def embed_examples(
+    examples: Examples, embed: Callable[[np.ndarray], np.ndarray]
+) -> Embedded:
+    """Applies a function of (n, H, W, C) uint8 images to all images."""
+
+    def embedded(source, indices):
+        parts, labels = [], []
+        for batch in _read_ahead(source, indices):
+            parts.append(embed(batch["image"]))
+            labels.append(batch["label"])
+        return np.concatenate(parts), np.concatenate(labels)
+
+    return Embedded(
+        *embedded(examples.train, examples.train_indices),
+        *embedded(examples.test, examples.test_indices),
+        examples.num_classes,
+    )
+
+
+def _read_ahead(source: Source, indices: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Batches in order, of which the next ones are decoded in threads meanwhile."""
+    parts = [indices[i : i + BATCH_SIZE] for i in range(0, len(indices), BATCH_SIZE)]
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        waiting = collections.deque()
+        for part in parts:
+            waiting.append(pool.submit(source.gather, part))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def make_features(
-    network: nn.Module, recipe: ViewRecipe, mesh: Mesh, batch_size: int = 512
+    network: nn.Module, recipe: ViewRecipe, mesh: Mesh
 ) -> Callable[[TrainState, np.ndarray], np.ndarray]:
-    """A function (state, (N, H, W, C) uint8 images) -> (N, features) float32.
+    """A function (state, (n, H, W, C) uint8 images) -> (n, features) float32.
 
     Images are seen whole, in compiled batches of one size, by the backbone in
     evaluation mode: nothing of the state changes.
     """
-    batch_size = math.ceil(batch_size / mesh.size) * mesh.size
+    batch_size = math.ceil(BATCH_SIZE / mesh.size) * mesh.size
 
     @jax.jit
     def features_of_batch(params, batch_stats, images):
@@ -67,71 +121,69 @@ def make_features(
         )
 
     def features(state: TrainState, images: np.ndarray) -> np.ndarray:
-        parts = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            missing = batch_size - len(batch)
-            padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            part = features_of_batch(
-                state.params, state.batch_stats, to_devices(padded, mesh)
-            )
-            parts.append(np.asarray(part)[: len(batch)])
-        return np.concatenate(parts)
+        missing = batch_size - len(images)
+        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        embedded = features_of_batch(
+            state.params, state.batch_stats, to_devices(padded, mesh)
+        )
+        return np.asarray(embedded)[: len(images)]
 
     return features
 
 
-def pixels(images: np.ndarray, recipe: ViewRecipe) -> np.ndarray:
-    """The images as they reach the network, as vectors: what there is to beat."""
-    view = jax.jit(lambda batch: evaluation_view(batch, recipe))
-    parts = [
-        np.asarray(view(images[start : start + 4096]))
-        for start in range(0, len(images), 4096)
-    ]
-    return np.concatenate(parts).reshape(len(images), -1)
+def make_pixels(recipe: ViewRecipe) -> Callable[[np.ndarray], np.ndarray]:
+    """A function (n, H, W, C) uint8 images -> (n, pixels): what there is to beat.
+
+    The images as they reach the network, those above 32 x 32 pixels resized to that.
+    """
+    view = recipe.views[0]
+    small = dataclasses.replace(view, size=min(view.size, 32))
+    as_seen = jax.jit(lambda images: evaluation_view(images, ViewRecipe((small,))))
+    return lambda images: np.asarray(as_seen(images)).reshape(len(images), -1)
 
 
-def measure_knn(train, test, examples: Examples) -> float:
-    """Weighted kNN accuracy of embeddings (N, D) of the examples' images."""
+def measure_knn(embedded: Embedded) -> float:
+    """Accuracy of weighted kNN."""
+    train, train_labels, test, test_labels, num_classes = embedded
     return knn_accuracy(
         train,
-        examples.train_labels,
+        train_labels,
         test,
-        examples.test_labels,
+        test_labels,
         k=min(20, len(train)),
-        num_classes=examples.num_classes,
+        num_classes=num_classes,
     )
 
 
-def measure_protocols(train, test, examples: Examples) -> dict[str, float]:
-    """Every protocol that needs labels, for embeddings of the examples' images."""
-    labels, test_labels = examples.train_labels, examples.test_labels
-    figures = {"knn": measure_knn(train, test, examples)}
+def measure_protocols(embedded: Embedded) -> dict[str, float]:
+    """Every protocol that needs labels."""
+    train, train_labels, test, test_labels, num_classes = embedded
     few = []
     for draw in range(FEW_LABEL_DRAWS):
-        chosen = few_labels(labels, 10, seed=draw)
+        chosen = few_labels(train_labels, 10, seed=draw)
         few.append(
             knn_accuracy(
                 train[chosen],
-                labels[chosen],
+                train_labels[chosen],
                 test,
                 test_labels,
                 k=min(10, len(chosen)),
-                num_classes=examples.num_classes,
+                num_classes=num_classes,
             )
         )
-    figures["knn_10_labels"] = float(np.mean(few))
-    figures["linear"] = float(
-        linear_probe(
-            train,
-            labels,
-            test,
-            test_labels,
-            num_classes=examples.num_classes,
-            max_iterations=PROBE_ITERATIONS,
-        ).accuracy
+    probe = linear_probe(
+        train,
+        train_labels,
+        test,
+        test_labels,
+        num_classes=num_classes,
+        max_iterations=PROBE_ITERATIONS,
     )
-    return figures
+    return {
+        "knn": measure_knn(embedded),
+        "knn_10_labels": float(np.mean(few)),
+        "linear": float(probe.accuracy),
+    }
 
 
 def measure_collapse(features: np.ndarray) -> dict[str, float]:
@@ -157,19 +209,21 @@ def measure(
 
     That is the network as it began, and raw pixels.
     """
+    pixels = make_pixels(recipe)
     embedders = {
         "trained": lambda images: features(trained, images),
         "untrained": lambda images: features(untrained, images),
-        "pixels": lambda images: pixels(images, recipe),
+        "pixels": pixels,
     }
     results: dict[str, Any] = {}
     for name, embed in embedders.items():
+        if not examples.num_classes and name != "trained":
+            continue
         say(f"measuring: {name}")
-        train, test = embed(examples.train_images), embed(examples.test_images)
+        embedded = embed_examples(examples, embed)
         if name == "trained":
-            results["collapse"] = measure_collapse(test)
+            results["collapse"] = measure_collapse(embedded.test)
         if examples.num_classes:
-            figures = measure_protocols(train, test, examples)
-            for protocol, figure in figures.items():
+            for protocol, figure in measure_protocols(embedded).items():
                 results.setdefault(protocol, {})[name] = figure
     return results

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Display:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=False)
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal
         self._progress: Progress | None = None
         self._task: Any = None
@@ -78,18 +78,27 @@ class Display:
     def header(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """What will happen, before it does."""
         self.console.print(f"[bold]{escape(title)}[/]")
-        grid = Table.grid(padding=(0, 2))
         for name, text in rows:
-            grid.add_row(f"  {escape(name)}", escape(text))
-        self.console.print(grid)
+            self.say(f"  {name:<12} {text}")
 
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(escape(text))
 
+    def reading(self, what: str) -> Callable[[int, int], None]:
+        """A function of (done, total) that says every few seconds how far it is."""
+        last = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 5:
+                last = time.monotonic()
+                self.say(f"reading {what}: {done:,} of {total:,} images")
+
+        return progress
+
     def start(self, total: int, completed: int) -> None:
         """The bar of the training loop appears."""
-        self._started, self._first = time.monotonic(), completed
         if self._live:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -111,10 +120,15 @@ class Display:
             self._progress.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
+        if self._started == 0:  # what came before was compilation
+            self._started, self._first = now, step
         if now - self._last_line >= 10 or step >= total:
             self._last_line = now
-            left = (now - self._started) * (total - step) / max(1, step - self._first)
-            self.say(f"step {step}/{total}  {text}  {_clock(left)} left")
+            line = f"step {step}/{total}  {text}"
+            if step > self._first:
+                left = (now - self._started) * (total - step) / (step - self._first)
+                line += f"  {_clock(left)} left"
+            self.say(line)
 
     def stop(self) -> None:
         """The bar stays as it is, and lines follow."""

@@ -72,7 +72,7 @@ def make_train_step(
             "loss": loss,
             **terms,
             "embedding_std": normalized_std(embedding),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
         }
         return (
             state.replace(

@@ -18,7 +18,8 @@ from jemjax.training.metrics import MetricsFile, read_metrics
 TINY = [
     "--steps=40",
     "--batch-size=64",
-    "--expander=64",
+    "--expander",
+    "64",
     "--image-size=8",
     "--backbone=resnet-narrow",
     "--log-every=5",
