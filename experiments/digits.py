@@ -1,4 +1,4 @@
-"""VICReg on scikit-learn's handwritten digits: 8 x 8 pixels, 1,437 training images.
+"""VICReg on scikit-learn's handwritten digits: 8 x 8 pixels, 1,442 training images.
 
 python experiments/digits.py
 

@@ -16,7 +16,7 @@ CONFIG = PretrainConfig(
     data="tfds:fashion_mnist",
     backbone="resnet-narrow",
     batch_size=128,
-    steps=4500,
+    steps=3600,
     optimizer=OptimizerOptions(
         name="adamw", learning_rate=6e-3, weight_decay=1e-4, warmup_epochs=0.5
     ),

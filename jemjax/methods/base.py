@@ -1,7 +1,8 @@
 """The questions that every joint-embedding method answers, and nothing else."""
 
+import abc
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import jax
 from flax import linen as nn
@@ -43,25 +44,26 @@ class Defaults:
     """a small data set is passed more often than `epochs` times to take so many"""
 
 
-class Method(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
     """A method: a frozen dataclass of its hyper-parameters with these answers."""
 
     name: ClassVar[str]
 
+    @abc.abstractmethod
     def views(self, image_size: int) -> ViewRecipe:
         """What are the views of an image?"""
-        ...
 
+    @abc.abstractmethod
     def projector(self, image_size: int) -> nn.Module:
         """What embeds a view, behind the backbone?"""
-        ...
 
+    @abc.abstractmethod
     def loss(
         self, embeddings: tuple[jax.Array, ...], *, axis_name: AxisName = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What compares the branches? The loss, and its unweighted terms to log."""
-        ...
 
+    @abc.abstractmethod
     def defaults(self, image_size: int) -> Defaults:
         """How is it trained? The published settings, or their small-image form."""
-        ...

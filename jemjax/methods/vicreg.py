@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jemjax import losses
 from jemjax.augment import ViewRecipe, vicreg_imagenet, vicreg_small
+from jemjax.losses.checks import check_number
 from jemjax.losses.collectives import AxisName
 from jemjax.methods.base import SMALL_IMAGE, Defaults, Method, Optimization
 from jemjax.models import expander
@@ -60,6 +61,8 @@ class VICReg(Method):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """25 invariance + 25 variance + 1 covariance, with the published weights."""
         x, y = embeddings
+        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
+            check_number(name, getattr(self, name))
         terms = losses.vicreg_terms(
             x, y, gamma=self.gamma, eps=self.eps, axis_name=axis_name
         )

@@ -7,9 +7,10 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
+import tyro
 
 from jemjax.augment import ViewRecipe
 from jemjax.data import Source
@@ -74,8 +75,8 @@ class OptimizerOptions:
 class PretrainConfig:
     """One run. Fields that are None are chosen by `resolve`, from method and data."""
 
-    method: Method
-    """the method and its hyper-parameters"""
+    method: Annotated[Method, tyro.conf.arg(name="")]
+    """the method and its hyper-parameters, on the command line without a prefix"""
     data: str = "digits"
     """digits (built in), folder:PATH or tfds:NAME"""
     eval_data: str | None = None
