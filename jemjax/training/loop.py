@@ -163,6 +163,8 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     if jax.process_index() == 0:
         write_json(folder / "results.json", results)
     display.results(results)
+    if source.name == "digits":
+        display.say("(digits are centered and of one size, so raw pixels are strong)")
     display.say(f"written to {folder / 'results.json'}")
     return results
 
