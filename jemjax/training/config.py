@@ -18,7 +18,6 @@ from jemjax.errors import UserError
 from jemjax.methods import Method, Optimization
 from jemjax.methods.base import SMALL_IMAGE
 
-
 # Of 8 x 8 pixels, a smaller part no longer tells one digit from another.
 DIGITS_CROP_SCALE = (0.4, 1.0)
 
