@@ -33,16 +33,17 @@ class Checkpoints:
         """The step of the newest complete checkpoint, if there is one."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState) -> None:
         """Copies the state, and writes it in the background."""
         self._manager.save(
-            int(state.step),
+            step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
             force=True,
         )
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The saved state, in the shapes, dtypes and shardings of `like`."""
+        self._manager.wait_until_finished()
         step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(

@@ -247,7 +247,7 @@ def _train(
                 shown["kNN"] = knn
                 mark, marked = time.monotonic(), step
             if _due(step, config.checkpoint_every) or step == total:
-                checkpoints.save(state)
+                checkpoints.save(step, state)
     finally:
         display.stop()
         metrics_file.close()
