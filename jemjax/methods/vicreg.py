@@ -80,7 +80,7 @@ class VICReg(Method):
                 backbone="resnet-narrow",
                 batch_size=128,
                 epochs=12,
-                minimum_steps=1000,
+                minimum_steps=2000,
                 optimization=Optimization("adamw", 6e-3, 1e-4, 0.5, 1e-3),
             )
         return Defaults(
