@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from jemjax.errors import UserError
 
@@ -127,7 +128,9 @@ def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    def evaluate(run, /, data: str | None = None, eval_data: str | None = None) -> None:
+    def evaluate(
+        run: str, /, data: str | None = None, eval_data: str | None = None
+    ) -> None:
         """Measures a run's newest checkpoint.
 
         Args:
@@ -144,7 +147,6 @@ def _evaluate(arguments: list[str]) -> None:
 
         evaluate(Path(run), data=data, eval_data=eval_data)
 
-    evaluate.__annotations__["run"] = str
     _parse(evaluate, "evaluate", arguments)
 
 
@@ -155,7 +157,13 @@ def _data(arguments: list[str]) -> None:
         return
     _choose("data command", arguments[0], ("prepare",))
 
-    def prepare(kind, raw, /, name, out=None) -> None:
+    def prepare(
+        kind: Literal["idx", "cifar", "folder"],
+        raw: str,
+        /,
+        name: str,
+        out: str | None = None,
+    ) -> None:
         """Makes a set that `--data tfds:NAME` reads, without TensorFlow.
 
         Args:
@@ -174,11 +182,6 @@ def _data(arguments: list[str]) -> None:
         place = f" --data-dir {out}" if out else ""
         print(f"use it with: jemjax pretrain vicreg --data tfds:{name}{place}")
 
-    from typing import Literal
-
-    prepare.__annotations__.update(
-        kind=Literal["idx", "cifar", "folder"], raw=str, name=str, out=str | None
-    )
     _parse(prepare, "data prepare", arguments[1:])
 
 

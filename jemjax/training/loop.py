@@ -144,7 +144,9 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         if state is untrained:
             untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
         features = make_features(run.network, run.recipe, run.mesh)
-        seconds = _train(run, source, test, state, checkpoints, display, folder)
+        seconds = _train(
+            run, source, test, state, features, checkpoints, display, folder
+        )
         final = checkpoints.restore(untrained, config.steps)
     finally:
         checkpoints.close()
@@ -181,6 +183,7 @@ def _train(
     source: Source,
     test: Source,
     state: TrainState,
+    features: Callable[[TrainState, np.ndarray], np.ndarray],
     checkpoints: Checkpoints,
     display: Display,
     folder: Path,
@@ -195,7 +198,6 @@ def _train(
     train_step = make_train_step(
         config.method, run.network, run.recipe, run.optimizer, run.mesh
     )
-    features = make_features(run.network, run.recipe, run.mesh)
     monitor = choose_examples(source, test, config.eval_examples)
     metrics_file = MetricsFile(folder / "metrics.jsonl", first + 1)
     stream = batches(
