@@ -146,6 +146,8 @@ CONTEXTS = {
     "shard_map of grad": shard_map_of_grad(True),
     "shard_map of grad, unchecked": shard_map_of_grad(False),
     "shard_map of grad, two axes": shard_map_of_grad(True, True),
-    "vmap": mapped(jax.vmap),
+    "vmap": mapped(
+        lambda step, axis_name: jax.jit(jax.vmap(step, axis_name=axis_name))
+    ),
     "pmap": mapped(jax.pmap),
 }

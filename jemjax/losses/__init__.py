@@ -10,6 +10,8 @@ loss of the whole batch, the same scalar on every shard. A gradient taken inside
 apply `jax.lax.pmean` to the gradients of parameters there, as data-parallel steps do.
 """
 
+from jemjax.losses.clustering import sinkhorn, swav
+from jemjax.losses.contrastive import info_nce, nt_xent
 from jemjax.losses.covariance import (
     BarlowTwinsTerms,
     VICRegTerms,
@@ -21,14 +23,32 @@ from jemjax.losses.covariance import (
     vicreg,
     vicreg_terms,
 )
+from jemjax.losses.distillation import cross_entropy, dino, update_center
+from jemjax.losses.regression import (
+    byol,
+    data2vec_target,
+    negative_cosine,
+    smooth_l1,
+)
 
 __all__ = [
     "BarlowTwinsTerms",
     "VICRegTerms",
     "barlow_twins",
     "barlow_twins_terms",
+    "byol",
     "covariance_penalty",
+    "cross_entropy",
+    "data2vec_target",
+    "dino",
+    "info_nce",
     "lecture_energy",
+    "negative_cosine",
+    "nt_xent",
+    "sinkhorn",
+    "smooth_l1",
+    "swav",
+    "update_center",
     "variance_hinge",
     "vicreg",
     "vicreg_terms",

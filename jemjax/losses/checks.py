@@ -10,59 +10,95 @@ import jax.numpy as jnp
 from jemjax.losses.collectives import AxisName, axis_size
 
 
-def check_embeddings(
-    axis_name: AxisName = None, min_batch: int = 2, **arrays: Any
+def check_arrays(
+    axis_name: AxisName = None, min_batch: int = 2, **arrays: tuple[Any, str]
 ) -> list[jax.Array]:
-    """Checks arrays of shape (N, D) against each other, and brings them to float32.
+    """Checks arrays against each other by their axes, and brings them to float32.
 
     Args:
-        axis_name: the axis over which the batch is sharded.
+        axis_name: the axis over which the batch, "N", is sharded.
         min_batch: the smallest global batch that the loss is defined for.
-        **arrays: arrays by the argument's name, all of one shape.
+        **arrays: by the argument's name, an array and its axes, one letter each, as in
+            `scores=(scores, "VNK"), center=(center, "K")`. A letter is one size.
 
     Returns:
         The arrays in float32 (float64 where one of them is float64).
 
     Raises:
-        ValueError: for a rank other than 2, different shapes, no features, a dtype
+        ValueError: for another rank, one letter with two sizes, an empty axis, a dtype
             that is not real floating point, or a global batch below `min_batch`.
     """
-    first, expected = None, None
-    for name, array in arrays.items():
+    sizes, first = {}, {}
+    for name, (array, axes) in arrays.items():
+        symbols = f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise ValueError(
-                f"{name}: got {type(array).__name__}, expected an array of shape (N, D)"
+                f"{name}: got {type(array).__name__}, expected an array of shape"
+                f" {symbols}"
             )
-        if len(array.shape) != 2:
-            raise ValueError(f"{name}: got shape {array.shape}, expected (N, D)")
+        shape = tuple(array.shape)
+        if len(shape) != len(axes):
+            raise ValueError(f"{name}: got shape {shape}, expected {symbols}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
                 f"{name}: got dtype {array.dtype}, expected a floating-point dtype"
             )
-        if expected is None:
-            first, expected = name, array.shape
-        elif array.shape != expected:
-            raise ValueError(
-                f"{name}: got shape {array.shape}, expected {expected}, the shape of"
-                f" {first}"
-            )
-    assert expected is not None
-    rows, features = expected
-    if features < 1:
-        raise ValueError(f"{first}: got shape {expected}, expected D >= 1")
-    if rows * axis_size(axis_name) < min_batch:
+        for axis, size in zip(axes, shape, strict=True):
+            if size != sizes.setdefault(axis, size):
+                expected = tuple(
+                    sizes.get(a, s) for a, s in zip(axes, shape, strict=True)
+                )
+                raise ValueError(
+                    f"{name}: got shape {shape}, expected {expected}, with {axis} as in"
+                    f" {first[axis]}"
+                )
+            first.setdefault(axis, name)
+            if size < 1 and axis != "N":
+                raise ValueError(f"{name}: got shape {shape}, expected {axis} >= 1")
+    if "N" in sizes and sizes["N"] * axis_size(axis_name) < min_batch:
         raise ValueError(
-            f"{first}: got a global batch of {rows * axis_size(axis_name)},"
+            f"{first['N']}: got a global batch of {sizes['N'] * axis_size(axis_name)},"
             f" expected at least {min_batch} examples"
         )
-    dtype = jnp.float32
-    for array in arrays.values():
-        dtype = jnp.promote_types(dtype, array.dtype)
-    return [jnp.asarray(array).astype(dtype) for array in arrays.values()]
+    # Only as JAX arrays do NumPy's float64 become float32 where x64 is off.
+    values = [jnp.asarray(array) for array, _ in arrays.values()]
+    dtype = jnp.result_type(jnp.float32, *values)
+    return [value.astype(dtype) for value in values]
+
+
+def check_embeddings(
+    axis_name: AxisName = None, min_batch: int = 2, **arrays: Any
+) -> list[jax.Array]:
+    """`check_arrays` for arrays that are all of one shape (N, D)."""
+    described = {name: (array, "ND") for name, array in arrays.items()}
+    return check_arrays(axis_name, min_batch, **described)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Checks an argument that chooses between two programs: True or False.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+
+    Returns:
+        `value`.
+
+    Raises:
+        ValueError: for anything else, a traced boolean too.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
+    return value
 
 
 def check_number(
-    name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False
+    name: str,
+    value: Any,
+    *,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    exclusive: bool = False,
 ) -> Any:
     """Checks a hyper-parameter: a finite Python number, or a traced scalar as it is.
 
@@ -70,6 +106,7 @@ def check_number(
         name: the argument's name.
         value: what was given.
         minimum: the smallest value allowed.
+        maximum: the largest value allowed.
         exclusive: whether `minimum` itself is refused.
 
     Returns:
@@ -81,10 +118,12 @@ def check_number(
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
         below = number <= minimum if exclusive else number < minimum
-        if not math.isfinite(number) or below:
+        if not math.isfinite(number) or below or number > maximum:
             relation = ">" if exclusive else ">="
+            limit = "" if maximum == math.inf else f" and <= {maximum:g}"
             raise ValueError(
                 f"{name}: got {value}, expected a finite number {relation} {minimum:g}"
+                f"{limit}"
             )
         return number
     if getattr(value, "shape", None) != ():

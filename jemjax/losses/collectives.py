@@ -42,6 +42,24 @@ def batch_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return psum(jnp.sum(x, axis=0), axis_name)
 
 
+def batch_mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The mean over the rows of the global batch: (N, ...) -> (...)."""
+    # Divided before the sum, which then overflows only where the mean does.
+    return batch_sum(x * (1.0 / batch_size(x, axis_name)), axis_name)
+
+
+def first_row(x: jax.Array, axis_name: AxisName) -> jax.Array | int:
+    """The index, in the global batch, of this shard's first row."""
+    return 0 if axis_name is None else lax.axis_index(axis_name) * x.shape[0]
+
+
+def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The rows of the global batch, whole on every shard: (N, D) -> (N_global, D)."""
+    if axis_name is not None:
+        return lax.all_gather(x, axis_name, tiled=True)
+    return reshard(x, PartitionSpec(None, None)) if _explicit(x) else x
+
+
 def _matmul(subscripts, a, b, out_sharding=None):
     # HIGHEST: by default a TPU multiplies float32 in bfloat16, an Ampere GPU in TF32.
     return jnp.einsum(
@@ -56,6 +74,11 @@ def _matmul(subscripts, a, b, out_sharding=None):
 
 def _explicit(x: jax.Array) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b.T` of what this shard has: (N, D), (M, D) -> (N, M)."""
+    return _matmul("nd,md->nm", a, b)
 
 
 def feature_gram(a: jax.Array, b: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -77,12 +100,11 @@ def example_gram(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """
     if axis_name is None:
         # On an Explicit mesh two operands may not both be sharded over their rows.
-        columns = reshard(x, PartitionSpec(None, None)) if _explicit(x) else x
-        return _matmul("nd,md->nm", x, columns)
+        return row_products(x, gather(x, None))
     shards = axis_size(axis_name)
     missing = -x.shape[1] % shards
     x = jnp.pad(x, ((0, 0), (0, missing)))  # columns of zeros add nothing to a product
     x = lax.all_to_all(
         x, axis_name, split_axis=1, concat_axis=0, tiled=True
     )  # (N_global, D / shards)
-    return psum(_matmul("nd,md->nm", x, x), axis_name)
+    return psum(row_products(x, x), axis_name)

@@ -1,5 +1,7 @@
 """The guarded primitives: finite, with finite gradients, where naive forms are not."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -8,22 +10,22 @@ from jemjax.losses.collectives import AxisName, batch_size, batch_sum, pmax
 
 
 def center(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Subtracts the mean over the global batch: (N, D) -> (N, D).
+    """Subtracts the mean over the global batch: (N, ...) -> (N, ...).
 
     A constant column becomes exactly zero, and no information is lost where the mean
     is large beside the spread: the columns are first shifted by one of their own
     values, which is exact where it matters, and only then averaged.
 
     Args:
-        x: (N, D) rows of this shard, float32 or float64.
+        x: (N, ...) rows of this shard, float32 or float64.
         axis_name: the axis over which the batch is sharded.
 
     Returns:
-        (N, D) centered rows; infinite, never NaN, where a difference overflows.
+        (N, ...) centered rows; infinite, never NaN, where a difference overflows.
     """
     # In quarters, differences of any two finite numbers, and their mean, are finite.
     quarter = 0.25 * x
-    shift = pmax(jnp.max(quarter, axis=0), axis_name)  # (D,)
+    shift = pmax(jnp.max(quarter, axis=0), axis_name)  # (...)
     shifted = quarter - shift
     mean = batch_sum(shifted * (1.0 / batch_size(x, axis_name)), axis_name)
     return 4.0 * (shifted - mean)
@@ -43,17 +45,17 @@ def std(variance: jax.Array, eps: jax.Array | float) -> jax.Array:
 
 
 def standardize(x: jax.Array, eps: jax.Array | float, axis_name: AxisName) -> jax.Array:
-    """Zero mean and unit (biased) variance over the global batch: (N, D) -> (N, D).
+    """Zero mean and unit (biased) variance over the first axis: (N, ...) -> (N, ...).
 
     (x - mean) / sqrt(variance + eps), as batch normalization without scale and offset.
 
     Args:
-        x: (N, D) rows of this shard, float32 or float64, up to 1e37 in magnitude.
+        x: (N, ...) rows of this shard, float32 or float64, up to 1e37 in magnitude.
         eps: > 0, inside the root: a constant column becomes zero.
         axis_name: the axis over which the batch is sharded.
 
     Returns:
-        (N, D), with entries up to sqrt(N_global) in magnitude.
+        (N, ...), with entries up to sqrt(N_global) in magnitude.
     """
     centered = center(x, axis_name)
     # Large columns are divided by their largest entry, so that squares do not overflow.
@@ -64,6 +66,31 @@ def standardize(x: jax.Array, eps: jax.Array | float, axis_name: AxisName) -> ja
         jnp.square(scaled) * (1.0 / batch_size(x, axis_name)), axis_name
     )
     return scaled / std(variance, eps / scale / scale)
+
+
+def normalize_rows(x: jax.Array, given: Any) -> jax.Array:
+    """Rows of unit length: (..., D) -> (..., D), x / max(|x|, floor).
+
+    The floor is 1e-6, and 1e-3 for float16, whose largest number bounds the gradient.
+    Shorter rows stay shorter than 1, and rows of zeros stay zeros, with a gradient of
+    at most 1 / floor.
+
+    Args:
+        x: (..., D) rows, float32 or float64, up to their largest number.
+        given: the dtype in which the caller was given `x`.
+
+    Returns:
+        The shape of `x`.
+    """
+    floor = 1e-3 if given == jnp.float16 else 1e-6
+    # Divided by its largest entry, so that squares neither overflow nor all underflow,
+    # a row has a length of at least 1, but for rows of which that entry is below the
+    # floor. The result does not depend on this scale, so it is a constant.
+    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=-1, keepdims=True)
+    scaled = x / jnp.maximum(largest, floor)
+    squares = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)  # (..., 1)
+    # Not jnp.maximum, which halves the gradient of one-hot rows: their length is 1.
+    return scaled / jnp.sqrt(jnp.where(squares < 1.0, 1.0, squares))
 
 
 def nonnegative(x: jax.Array) -> jax.Array:

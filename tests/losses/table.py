@@ -1,37 +1,243 @@
 """The losses, as the contract and the device contexts see them."""
 
 import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jemjax import losses
 
-# name: loss of two arrays (N, D)
-PAIRS = {
-    "vicreg": losses.vicreg,
-    "lecture_energy": losses.lecture_energy,
-    "lecture_energy, uncentered": functools.partial(
-        losses.lecture_energy, center=False
+
+class Loss(NamedTuple):
+    """A loss of arrays that are all (N, D), and what it promises.
+
+    Attributes:
+        function: of one or two arrays (N, D), and `axis_name`.
+        arguments: the names of its arrays.
+        constants: how many of the last arrays have no gradient.
+        collapsed: the value for one same row (..., c, c, c), c != 0, in N rows of D.
+        collapsed_at_zero: the value for zeros, where it is another.
+        ordered: whether the rows play different parts.
+        normalizing: whether it is finite up to 1e20; the others are up to 1e8.
+        symmetric: whether the two arrays may be swapped.
+        translated: whether one shift of all the entries does not matter.
+        scaled: whether a factor for each row does not matter.
+        own_constants: whether it makes constants of parts of an array that also has a
+            gradient, which is then not the derivative of the value.
+        direct: whether `function` is the loss itself, and so refuses what it refuses.
+    """
+
+    function: Callable[..., jax.Array]
+    arguments: tuple[str, ...]
+    constants: int = 0
+    collapsed: Callable[[int, int], float] | None = None
+    collapsed_at_zero: float | None = None
+    ordered: bool = False
+    normalizing: bool = False
+    symmetric: bool = False
+    translated: bool = False
+    scaled: bool = False
+    own_constants: bool = False
+    direct: bool = True
+
+    @property
+    def count(self) -> int:
+        """The number of arrays."""
+        return len(self.arguments)
+
+    @property
+    def varied(self) -> int:
+        """The number of arrays that have a gradient."""
+        return self.count - self.constants
+
+
+def _views(x, count):
+    """(N, D) -> (count, N, D): views that differ by factors exact in any dtype."""
+    return jnp.stack([x * 0.5**view for view in range(count)])
+
+
+def _dino(x, y, *, student_views, **keywords):
+    center = jnp.linspace(-0.5, 0.5, x.shape[1])
+    return losses.dino(_views(x, student_views), _views(y, 2), center, **keywords)
+
+
+def _swav(x, y, **keywords):
+    return losses.swav(jnp.stack([x, y]), **keywords)
+
+
+def _smooth_l1(x, y, *, masked=False, **keywords):
+    """Of tokens (N, 2, D)."""
+    if masked:
+        # A shard has its rows of the mask, and so its own number of masked tokens.
+        rows = x.shape[0]
+        axis_name = keywords.get("axis_name")
+        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
+        row = first + jnp.arange(rows)
+        keywords["mask"] = jnp.stack([row % 3 == 0, row < 5], axis=1)
+    tokens = [jnp.stack([array, 0.5 * array], axis=1) for array in (x, y)]
+    return losses.smooth_l1(*tokens, **keywords)
+
+
+def _queue(features):
+    rows = np.random.default_rng(7).standard_normal((9, features)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _queued(x, y, **keywords):
+    return losses.info_nce(x, y, _queue(x.shape[1]), **keywords)
+
+
+X, XY = ("h",), ("x", "y")
+DISTILLED = ("student_logits", "teacher_logits")
+REGRESSED = ("prediction", "target")
+MATCHED = ("query", "key")
+
+TABLE = {
+    "vicreg": Loss(
+        losses.vicreg,
+        XY,
+        collapsed=lambda n, d: 24.75,
+        symmetric=True,
+        translated=True,
     ),
-    "barlow_twins": losses.barlow_twins,
-}
-# name: loss of one array (N, D)
-SINGLES = {
-    "variance_hinge": losses.variance_hinge,
-    "variance_hinge, on variance": functools.partial(
-        losses.variance_hinge, on="variance"
+    "lecture_energy": Loss(
+        losses.lecture_energy,
+        XY,
+        collapsed=lambda n, d: 2.0,
+        symmetric=True,
+        translated=True,
     ),
-    "covariance_penalty": losses.covariance_penalty,
-}
-ALL = {name: (loss, 2) for name, loss in PAIRS.items()} | {
-    name: (loss, 1) for name, loss in SINGLES.items()
-}
-# Finite up to 1e20, because they normalize; the others up to 1e8.
-NORMALIZING = {"barlow_twins"}
-# The value for identical embeddings of all the images, (N, D) = (16, 12).
-COLLAPSED = {
-    "vicreg": 24.75,
-    "lecture_energy": 2.0,
-    "barlow_twins": 12.0,
-    "variance_hinge": 0.99,
-    "variance_hinge, on variance": 1.0,
-    "covariance_penalty": 0.0,
+    "lecture_energy, uncentered": Loss(
+        functools.partial(losses.lecture_energy, center=False), XY, symmetric=True
+    ),
+    "barlow_twins": Loss(
+        losses.barlow_twins,
+        XY,
+        collapsed=lambda n, d: d,
+        normalizing=True,
+        symmetric=True,
+        translated=True,
+    ),
+    "variance_hinge": Loss(
+        losses.variance_hinge, X, collapsed=lambda n, d: 0.99, translated=True
+    ),
+    "variance_hinge, on variance": Loss(
+        functools.partial(losses.variance_hinge, on="variance"),
+        X,
+        collapsed=lambda n, d: 1.0,
+        translated=True,
+    ),
+    "covariance_penalty": Loss(
+        losses.covariance_penalty, X, collapsed=lambda n, d: 0.0, translated=True
+    ),
+    "swav": Loss(
+        _swav,
+        ("scores", "scores"),
+        own_constants=True,
+        collapsed=lambda n, d: math.log(d),
+        normalizing=True,
+        symmetric=True,
+        translated=True,
+        direct=False,
+    ),
+    "cross_entropy": Loss(
+        losses.cross_entropy,
+        DISTILLED,
+        constants=1,
+        collapsed=lambda n, d: math.log(d),
+        normalizing=True,
+        translated=True,
+    ),
+    "dino": Loss(
+        functools.partial(_dino, student_views=2),
+        DISTILLED,
+        constants=1,
+        collapsed=lambda n, d: math.log(d),
+        normalizing=True,
+        translated=True,
+        direct=False,
+    ),
+    "dino, local views": Loss(
+        functools.partial(_dino, student_views=4),
+        DISTILLED,
+        constants=1,
+        collapsed=lambda n, d: math.log(d),
+        normalizing=True,
+        translated=True,
+        direct=False,
+    ),
+    "byol": Loss(
+        losses.byol,
+        REGRESSED,
+        constants=1,
+        collapsed=lambda n, d: 0.0,
+        normalizing=True,
+        scaled=True,
+    ),
+    "negative_cosine": Loss(
+        losses.negative_cosine,
+        REGRESSED,
+        constants=1,
+        collapsed=lambda n, d: -1.0,
+        collapsed_at_zero=0.0,
+        normalizing=True,
+        scaled=True,
+    ),
+    "smooth_l1": Loss(
+        _smooth_l1,
+        REGRESSED,
+        constants=1,
+        collapsed=lambda n, d: 0.0,
+        normalizing=True,
+        translated=True,
+        direct=False,
+    ),
+    "smooth_l1, masked": Loss(
+        functools.partial(_smooth_l1, masked=True),
+        REGRESSED,
+        constants=1,
+        collapsed=lambda n, d: 0.0,
+        normalizing=True,
+        translated=True,
+        ordered=True,
+        direct=False,
+    ),
+    "smooth_l1, squared": Loss(
+        functools.partial(_smooth_l1, beta=0),
+        REGRESSED,
+        constants=1,
+        collapsed=lambda n, d: 0.0,
+        translated=True,
+        direct=False,
+    ),
+    "nt_xent": Loss(
+        losses.nt_xent,
+        XY,
+        collapsed=lambda n, d: math.log(2 * n - 1),
+        normalizing=True,
+        symmetric=True,
+        scaled=True,
+    ),
+    "info_nce": Loss(
+        losses.info_nce,
+        MATCHED,
+        constants=1,
+        collapsed=lambda n, d: math.log(n),
+        normalizing=True,
+        scaled=True,
+    ),
+    "info_nce, both sides": Loss(
+        functools.partial(losses.info_nce, stop_gradient=False),
+        MATCHED,
+        collapsed=lambda n, d: math.log(n),
+        normalizing=True,
+        scaled=True,
+    ),
+    "info_nce, queue": Loss(
+        _queued, MATCHED, constants=1, normalizing=True, scaled=True, direct=False
+    ),
 }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import CONTEXTS
-from losses.table import ALL
+from losses.table import TABLE
 
 from jemjax import losses
 
@@ -17,7 +17,7 @@ SHAPES = [(16, 42), (48, 10)]
 
 @functools.cache
 def _problem(name, shape):
-    loss, count = ALL[name]
+    loss, count = TABLE[name].function, TABLE[name].count
     keys = jax.random.split(jax.random.key(0), count)
     arrays = [np.asarray(0.7 * jax.random.normal(k, shape) + 0.3) for k in keys]
     parameter = np.linspace(0.5, 1.5, shape[1], dtype=np.float32)
@@ -41,16 +41,35 @@ def test_every_context_on_eight_devices(name, shape, context):
     _check(name, context, shape, 8)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"vicreg", "barlow_twins"}))
-def test_the_parts_on_eight_devices(name):
+@pytest.mark.parametrize("name", sorted(set(TABLE) - {"vicreg", "barlow_twins"}))
+def test_the_others_on_eight_devices(name):
     _check(name, "shard_map of grad, unchecked", SHAPES[0], 8)
+
+
+# Those that gather rows, or count by shards, in the contexts that differ most.
+@pytest.mark.parametrize(
+    "context",
+    [
+        "global view, Explicit",
+        "grad of shard_map, Explicit",
+        "shard_map of grad",
+        "shard_map of grad, two axes",
+        "vmap",
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    ["dino, local views", "smooth_l1, masked", "nt_xent", "info_nce, both sides"],
+)
+def test_gathered_rows_on_eight_devices(name, context):
+    _check(name, context, SHAPES[0], 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("context", list(CONTEXTS)[1:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", TABLE)
 def test_the_whole_matrix(name, shape, context, devices):
     _check(name, context, shape, devices)
 
@@ -89,9 +108,12 @@ def test_a_large_batch_sums_covariances():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("shape", [(8, 16), (16, 8)], ids=str)
-@pytest.mark.parametrize("name", ["vicreg", "barlow_twins"])
+@pytest.mark.parametrize(
+    "name",
+    ["vicreg", "barlow_twins", "nt_xent", "info_nce, both sides", "info_nce, queue"],
+)
 def test_products_are_exact_where_lowered_for_accelerators(name, shape, platform):
-    loss, _ = ALL[name]
+    loss = TABLE[name].function
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     text = str(
@@ -101,3 +123,21 @@ def test_products_are_exact_where_lowered_for_accelerators(name, shape, platform
     assert products
     for line in products:
         assert "precision = [HIGHEST, HIGHEST]" in line
+
+
+def test_the_center_of_the_global_batch():
+    center, logits = np.linspace(-1, 1, 5), np.random.default_rng(0).random((2, 8, 5))
+    center, logits = center.astype(np.float32), logits.astype(np.float32)
+    update = jax.jit(
+        jax.shard_map(
+            functools.partial(losses.update_center, axis_name="data"),
+            mesh=jax.make_mesh(
+                (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+            ),
+            in_specs=(jax.P(), jax.P(None, "data")),
+            out_specs=jax.P(),
+        )
+    )
+    np.testing.assert_allclose(
+        update(center, logits), losses.update_center(center, logits), rtol=1e-6
+    )
