@@ -1,7 +1,8 @@
 """Figures that show collapse, without labels.
 
-Complete collapse: every image has the same embedding (`normalized_std` near 0).
-Dimensional collapse: embeddings fill few dimensions (`effective_rank`, `rankme`).
+Type 1, complete: every image has the same embedding (`normalized_std` near 0).
+Type 2, informational: embeddings fill few dimensions (`effective_rank`, `rankme`, and
+a steep `alpha_req`). `name_collapse` says which of them there is.
 """
 
 import functools
@@ -11,6 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
+
+# Type 1: below this share of the ideal 1 / sqrt(D). Two embeddings then have a cosine
+# of 1 - 0.05^2 = 0.9975 on average. It is no higher because features that are all
+# positive have much in common: cosines of 0.99 (a share of 0.1) in random networks.
+COMPLETE = 0.05
+# Type 2: below this effective rank. Trained features of 128 dimensions have 15 to 21,
+# and classes that are points each have their number less 1, 9 for ten of them. The
+# figure depends on the images more than on D, so this is no share of D,
+INFORMATIONAL = 5.0
+# but for narrow embeddings: an eighth of the way from 1 to D, the largest there is.
+INFORMATIONAL_SHARE = 1 / 8
 
 
 def check_embeddings(name: str, embeddings: ArrayLike) -> jax.Array:
@@ -64,6 +76,15 @@ def _divide_by_largest(x: jax.Array, axis: int | None = None) -> jax.Array:
     return x / jnp.where(largest < jnp.finfo(x.dtype).tiny, 1.0, largest)
 
 
+def _center(h: jax.Array) -> jax.Array:
+    """Subtracts the mean row and brings the largest magnitude to 1."""
+    # Quarters, so that differences of finite numbers are finite. Subtracting a row
+    # before the mean makes a constant column exactly zero.
+    h = 0.25 * h
+    h = h - h[0]
+    return _divide_by_largest(h - jnp.mean(h, axis=0))
+
+
 @jax.jit
 def normalized_std(embeddings: ArrayLike) -> jax.Array:
     """Mean over dimensions of the standard deviation of L2-normalized embeddings.
@@ -114,12 +135,7 @@ def effective_rank(embeddings: ArrayLike) -> jax.Array:
     References:
         Roy, Vetterli, 2007, The effective rank (EUSIPCO).
     """
-    h = check_embeddings("embeddings", embeddings)
-    # Quarters, so that differences of finite numbers are finite. Subtracting a row
-    # before the mean makes a constant column exactly zero.
-    h = 0.25 * h
-    h = h - h[0]
-    h = _divide_by_largest(h - jnp.mean(h, axis=0))  # (N, D)
+    h = _center(check_embeddings("embeddings", embeddings))  # (N, D)
     # Both products have the same eigenvalues, but for zeros.
     smaller = h.T if h.shape[0] < h.shape[1] else h
     product = jnp.matmul(smaller.T, smaller, precision=lax.Precision.HIGHEST)
@@ -159,3 +175,89 @@ def rankme(embeddings: ArrayLike, *, eps: float = 1e-7) -> jax.Array:
     total = jnp.sum(singular_values)
     p = singular_values / jnp.where(total > 0, total, 1.0) + eps
     return jnp.exp(-jnp.sum(p * jnp.log(p)))
+
+
+@jax.jit
+def alpha_req(embeddings: ArrayLike) -> jax.Array:
+    """alpha-ReQ: how fast the eigenvalues of the covariance decay, as a power law.
+
+    lambda_i ~ i^-alpha:  alpha = -slope of the least-squares line through the points
+    (log i, log lambda_i),  i = 1, 2, ... in descending order
+
+    Every eigenvalue that is not numerically zero counts alike: those of which the root
+    is above max(N, D) eps times the largest root, with eps that of the dtype. Where
+    fewer than two are left, as in complete collapse, there is no line: 0 is returned,
+    which `effective_rank` (then 1) tells from a flat spectrum. Published figures leave
+    out a chosen number of the first and the last eigenvalues.
+
+    Args:
+        embeddings: (N, D); the fit sees min(N, D) eigenvalues at most.
+
+    Returns:
+        A scalar >= 0: 0 for a flat spectrum, near 1 for good features as published,
+        more the fewer dimensions carry the variance.
+
+    Raises:
+        ValueError: if `embeddings` is not a floating-point matrix.
+
+    References:
+        Agrawal, Mondal, Ghosh, Richards, 2022, alpha-ReQ (arXiv:2202.05808).
+    """
+    h = _center(check_embeddings("embeddings", embeddings))  # (N, D)
+    # Not the roots of eigenvalues: those lose half the digits of small values.
+    roots = jnp.linalg.svd(h, compute_uv=False)  # (min(N, D),), descending
+    smallest = max(h.shape) * jnp.finfo(h.dtype).eps * roots[0]
+    # Not `roots > smallest`, which would drop NaN.
+    counts = jnp.where(roots <= smallest, 0.0, 1.0).astype(h.dtype)
+    total = jnp.sum(counts)
+    log_index = jnp.log(jnp.arange(1, len(roots) + 1, dtype=h.dtype))
+    log_value = 2 * jnp.log(jnp.where(counts > 0, roots, 1.0))
+    x = log_index - jnp.sum(counts * log_index) / jnp.maximum(total, 1.0)
+    squares = jnp.sum(counts * x * x)
+    # x sums to zero, so the mean of the logarithms need not be subtracted.
+    slope = jnp.sum(counts * x * log_value) / jnp.where(total < 2, 1.0, squares)
+    return jnp.where(total < 2, 0.0, -slope)
+
+
+def name_collapse(
+    *, normalized_std: float, effective_rank: float, dimension: int
+) -> list[str]:
+    """Says in words which collapse the figures of embeddings show.
+
+    type 1: normalized_std < 0.05 / sqrt(D), every image has nearly the same embedding
+    type 2: effective_rank < min(5, 1 + (D - 1) / 8), the embeddings differ, but fill
+        few dimensions
+
+    Type 2 is not named beside type 1, from which it follows. As a mean over dimensions
+    the first figure is that small, too, if less than one in 400 of them vary at all.
+
+    Args:
+        normalized_std: what `normalized_std` gives for the embeddings.
+        effective_rank: what `effective_rank` gives for them.
+        dimension: D >= 1, their width.
+
+    Returns:
+        No sentence, or one; one too where a figure is not finite.
+
+    Raises:
+        ValueError: for `dimension` < 1.
+    """
+    if dimension < 1:
+        raise ValueError(f"dimension: got {dimension}, expected >= 1")
+    if not (math.isfinite(normalized_std) and math.isfinite(effective_rank)):
+        return [
+            f"the embeddings are not finite (normalized std {normalized_std:g},"
+            f" effective rank {effective_rank:g})"
+        ]
+    ideal = 1 / math.sqrt(dimension)
+    if normalized_std < COMPLETE * ideal:
+        return [
+            "type 1: every image has nearly the same embedding (normalized std"
+            f" {normalized_std:.4f}, ideal {ideal:.4f})"
+        ]
+    if effective_rank < min(INFORMATIONAL, 1 + INFORMATIONAL_SHARE * (dimension - 1)):
+        return [
+            "type 2: the embeddings fill few dimensions (effective rank"
+            f" {effective_rank:.1f} of {dimension})"
+        ]
+    return []

@@ -28,6 +28,94 @@ EVERYTHING = augment.ViewRecipe(
     )
 )
 
+# What the recipes below do not change, as published for VICReg, Barlow Twins and BYOL.
+NO_BLUR = augment.View(
+    size=224,
+    crop_scale=(0.08, 1.0),
+    crop_ratio=(3 / 4, 4 / 3),
+    interpolation="bicubic",
+    flip_probability=0.5,
+    jitter_probability=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue=0.1,
+    grayscale_probability=0.2,
+    blur_probability=0.0,
+    blur_sigma=(0.1, 2.0),
+    solarize_probability=0.0,
+    solarize_threshold=0.5,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+def changed(view=NO_BLUR, **changes):
+    jitter = changes.pop("jitter", None)
+    if jitter is not None:
+        names = ("brightness", "contrast", "saturation", "hue")
+        changes |= dict(zip(names, jitter, strict=True))
+    return dataclasses.replace(view, **changes)
+
+
+BYOL = (
+    changed(blur_probability=1.0),
+    changed(blur_probability=0.1, solarize_probability=0.2),
+)
+SMALL = changed(size=32, crop_scale=(0.2, 1.0))
+SMALL_PAIR = (SMALL, changed(SMALL, solarize_probability=0.2))
+STRONG = (0.8, 0.8, 0.8, 0.2)
+MEDIUM = (0.4, 0.4, 0.4, 0.1)
+SWAV = changed(
+    jitter=STRONG,
+    blur_probability=0.5,
+    interpolation="bilinear",
+    std=(0.228, 0.224, 0.225),
+)
+PUBLISHED = {
+    "vicreg_imagenet": BYOL,
+    "simclr_imagenet": (
+        changed(jitter=STRONG, blur_probability=0.5, mean=0.0, std=1.0),
+    )
+    * 2,
+    "moco_imagenet": (
+        changed(
+            crop_scale=(0.2, 1.0),
+            interpolation="bilinear",
+            jitter=MEDIUM,
+            blur_probability=0.5,
+        ),
+    )
+    * 2,
+    "mocov3_imagenet": tuple(
+        changed(view, crop_scale=(0.2, 1.0), interpolation="bilinear") for view in BYOL
+    ),
+    "swav_imagenet": (changed(SWAV, crop_scale=(0.14, 1.0)),) * 2
+    + (changed(SWAV, size=96, crop_scale=(0.05, 0.14)),) * 6,
+    "dino_imagenet": tuple(changed(view, crop_scale=(0.4, 1.0)) for view in BYOL)
+    + (changed(size=96, crop_scale=(0.05, 0.4), blur_probability=0.5),) * 8,
+    "data2vec_imagenet": (
+        changed(
+            jitter_probability=1.0, jitter=(0.4, 0.4, 0.4, 0), grayscale_probability=0
+        ),
+    ),
+    "vicreg_small": (changed(SMALL, solarize_probability=0.1),) * 2,
+    "byol_small": SMALL_PAIR,
+    "simclr_small": (changed(SMALL, jitter=MEDIUM, mean=0.0, std=1.0),) * 2,
+    "moco_small": (changed(SMALL, jitter=MEDIUM),) * 2,
+    "swav_small": (changed(SMALL, jitter=STRONG),) * 2,
+    "dino_small": SMALL_PAIR,
+    "data2vec_small": (
+        changed(
+            SMALL,
+            jitter_probability=1.0,
+            jitter=(0.4, 0.4, 0.4, 0),
+            grayscale_probability=0,
+        ),
+    ),
+}
+MULTI_CROP = ("swav_imagenet", "dino_imagenet", "swav_small", "dino_small")
+
 make_views = jax.jit(augment.make_views, static_argnames="recipe")
 
 
@@ -40,44 +128,72 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (16, 16, 14, 3), np.uint8)
 
 
-def test_published_views_of_photographs():
-    first, second = augment.vicreg_imagenet().views
-    assert first == augment.View(
-        size=224,
-        crop_scale=(0.08, 1.0),
-        crop_ratio=(3 / 4, 4 / 3),
-        interpolation="bicubic",
-        flip_probability=0.5,
-        jitter_probability=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        grayscale_probability=0.2,
-        blur_probability=1.0,
-        blur_sigma=(0.1, 2.0),
-        solarize_probability=0.0,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )
-    assert second == dataclasses.replace(
-        first, blur_probability=0.1, solarize_probability=0.2
-    )
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_views(name):
+    recipe = getattr(augment, name)()
+    assert recipe.views == PUBLISHED[name]
+    # data2vec's view is masked: BEiT's blocks, 120 of 196 patches.
+    masked = "masked: 60% of the patches, in blocks"
+    assert (masked in str(recipe)) == name.startswith("data2vec")
 
 
-def test_published_views_of_small_images():
-    first, second = augment.vicreg_small().views
-    assert (
-        first
-        == second
-        == dataclasses.replace(
-            augment.vicreg_imagenet().views[0],
-            size=32,
-            crop_scale=(0.2, 1.0),
-            blur_probability=0.0,
-            solarize_probability=0.1,
-        )
-    )
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_size_is_that_of_the_global_views_and_nothing_else_depends_on_it(name):
+    make = getattr(augment, name)
+    for number, view in enumerate(make(48).views):
+        expected = PUBLISHED[name][number]
+        size = 48 if number < 2 else 96
+        assert view == changed(expected, size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "global_scale"),
+    [("swav_imagenet", (0.08, 1.0)), ("dino_imagenet", (0.14, 1.0))],
+)
+def test_photographs_without_local_views(name, global_scale):
+    recipe = getattr(augment, name)(num_local=0)
+    pair = PUBLISHED[name][:2]
+    assert recipe.views == tuple(changed(v, crop_scale=global_scale) for v in pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "local_scale", "global_scale"),
+    [
+        ("swav_small", (0.05, 0.14), (0.14, 1.0)),
+        ("dino_small", (0.05, 0.4), (0.4, 1.0)),
+    ],
+)
+def test_local_views_of_small_images_have_half_their_size(
+    name, local_scale, global_scale
+):
+    first, second, *local = getattr(augment, name)(32, num_local=3).views
+    pair = PUBLISHED[name]
+    assert (first, second) == tuple(changed(v, crop_scale=global_scale) for v in pair)
+    assert local == [changed(pair[0], size=16, crop_scale=local_scale)] * 3
+
+
+def test_where_crops_of_residual_networks_and_transformers_differ():
+    for view in augment.mocov3_imagenet(smallest_crop=0.08).views:
+        assert view.crop_scale == (0.08, 1.0)
+    first, second, *local = augment.dino_imagenet(smallest_crop=0.14).views
+    assert first.crop_scale == second.crop_scale == (0.14, 1.0)
+    assert {view.crop_scale for view in local} == {(0.05, 0.14)}
+
+
+@pytest.mark.parametrize("name", MULTI_CROP)
+@pytest.mark.parametrize("num_local", [-1, 1.5, True])
+def test_the_number_of_local_views_is_checked(name, num_local):
+    with pytest.raises(ValueError, match="num_local: got"):
+        getattr(augment, name)(num_local=num_local)
+
+
+def test_global_and_local_views(images, key):
+    recipe = augment.dino_small(12, num_local=2)
+    assert recipe.num_global == 2
+    views = jax.eval_shape(lambda: augment.make_views(key, images, recipe))
+    assert [view.shape for view in views] == [(16, n, n, 3) for n in (12, 12, 6, 6)]
+    whole = augment.evaluation_view(images, recipe)
+    assert whole.shape == views[0].shape
 
 
 def test_two_different_views_of_each_image(images, key):

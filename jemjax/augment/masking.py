@@ -1,0 +1,281 @@
+"""Which patches of an image are hidden: scattered ones, or blocks.
+
+A mask is bool (N, T), True = masked, over the T patches of a grid, row by row. Each
+example draws from a key of its own, and every loop has a fixed length.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jemjax.augment.inputs import (
+    check_number,
+    check_range,
+    check_size,
+    example_keys,
+    is_whole,
+)
+
+# Blocks that are tried for a mask, and how many in a row that do not fit end it.
+TRIES = 64
+TRIES_IN_VAIN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRecipe:
+    """How the patches of an image are masked."""
+
+    kind: Literal["random", "block", "drop"]
+    """random: scattered patches; block: rectangles, BEiT's and data2vec's; drop:
+    scattered ones, which a transformer leaves out, MAE's"""
+    ratio: float = 0.6
+    """share of the patches that are masked, in [0, 1]; of blocks, at most"""
+    min_block: int | None = None
+    """smallest number of patches of a block; None: the published 16 of 14 x 14 patches,
+    as a share of the grid: 5 of 8 x 8, 1 of 4 x 4"""
+
+    def __post_init__(self) -> None:
+        """Refuses what no grid could be masked by."""
+        if self.kind not in ("random", "block", "drop"):
+            raise ValueError(
+                f'kind: got {self.kind!r}, expected "random", "block" or "drop"'
+            )
+        check_number("ratio", self.ratio, 0, 1)
+        if self.min_block is not None:
+            if self.kind != "block":
+                raise ValueError(
+                    f"min_block: got {self.min_block}, expected None for masks without"
+                    " blocks"
+                )
+            _check_count("min_block", self.min_block, 1)
+
+    def __str__(self) -> str:
+        """What the line of a recipe's table says."""
+        how = {"random": "scattered", "block": "in blocks", "drop": "left out"}
+        return f"{self.ratio:.0%} of the patches, {how[self.kind]}"
+
+
+def make_masks(
+    key: jax.Array, batch_size: int, grid: int | tuple[int, int], recipe: MaskRecipe
+) -> jax.Array:
+    """The masks of a batch.
+
+    Args:
+        key: one key, folded with each row's index, or `batch_size` keys.
+        batch_size: N.
+        grid: rows and columns of patches.
+        recipe: what to do.
+
+    Returns:
+        (N, rows * columns) bool, True = masked.
+
+    Raises:
+        ValueError: for wrong arguments.
+    """
+    rows, columns = check_size("grid", grid)
+    patches = rows * columns
+    if recipe.kind != "block":
+        return random_patch_mask(key, batch_size, patches, ratio=recipe.ratio)
+    min_block = recipe.min_block
+    if min_block is None:
+        min_block = max(1, round(patches * 16 / 14**2))
+    return block_mask(
+        key,
+        batch_size,
+        grid,
+        num_masked=round(recipe.ratio * patches),
+        min_block=min_block,
+    )
+
+
+def random_patch_mask(
+    key: jax.Array, batch_size: int, num_patches: int, *, ratio: float
+) -> jax.Array:
+    """Masks patches at random, the same number in every example.
+
+    Args:
+        key: one key, folded with each row's index, or `batch_size` keys.
+        batch_size: N.
+        num_patches: T.
+        ratio: share of the patches that are masked, in [0, 1]; see `num_kept_patches`.
+
+    Returns:
+        (N, T) bool, True = masked.
+
+    Raises:
+        ValueError: for wrong arguments.
+
+    References:
+        He et al., 2022, Masked autoencoders (arXiv:2111.06377).
+    """
+    _check_count("batch_size", batch_size, 1)
+    _check_count("num_patches", num_patches, 1)
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (num_patches,), jnp.float32))
+    return mask_of_noise(draw(example_keys(key, batch_size)), ratio)
+
+
+def mask_of_noise(noise: jax.Array, ratio: float) -> jax.Array:
+    """Keeps the patches of least noise: (N, T) numbers -> (N, T) bool, True = masked.
+
+    Args:
+        noise: (N, T).
+        ratio: share of the patches that are masked, in [0, 1].
+
+    Returns:
+        (N, T) bool, with `num_kept_patches(T, ratio)` False in each row.
+
+    Raises:
+        ValueError: for another rank, or a ratio out of range.
+    """
+    if noise.ndim != 2:
+        raise ValueError(f"noise: got shape {noise.shape}, expected (N, T)")
+    ranks = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
+    return ranks >= num_kept_patches(noise.shape[1], ratio)
+
+
+def num_kept_patches(num_patches: int, ratio: float) -> int:
+    """How many patches a random mask leaves: floor(num_patches (1 - ratio)).
+
+    Args:
+        num_patches: T >= 1.
+        ratio: share of the patches that are masked, in [0, 1], a Python number.
+
+    Returns:
+        0 to T.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+    _check_count("num_patches", num_patches, 1)
+    ratio = check_number("ratio", ratio, 0, 1)
+    # In floating point, 10 * (1 - 0.9) falls just short of 1.
+    return math.floor(num_patches * (1 - ratio) + 1e-6)
+
+
+def block_mask(
+    key: jax.Array,
+    batch_size: int,
+    grid: int | tuple[int, int],
+    *,
+    num_masked: int,
+    min_block: int = 16,
+    max_block: int | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> jax.Array:
+    """Masks rectangles, which may overlap, up to a number of patches.
+
+    Blocks are tried one after the other: area uniform between `min_block` and what is
+    left to mask, height / width log-uniform, position uniform. A block is taken if it
+    masks something new, but no more than is left. It ends when nothing is left, when
+    ten in a row are not taken, and in any case after 64: `num_masked` is not always
+    reached, and never exceeded. A block is less high and less wide than the grid.
+
+    Args:
+        key: one key, folded with each row's index, or `batch_size` keys.
+        batch_size: N.
+        grid: rows and columns of patches.
+        num_masked: patches to mask in each example, 0 to rows * columns.
+        min_block: smallest number of patches of a block, >= 1, before its sides are
+            rounded. Where less than this is left, it is the largest.
+        max_block: largest number of patches of a block, and of new ones it masks; None:
+            what is left.
+        aspect: smallest and largest height / width.
+
+    Returns:
+        (N, rows * columns) bool, True = masked.
+
+    Raises:
+        ValueError: for wrong arguments.
+
+    References:
+        Bao et al., 2022, BEiT (arXiv:2106.08254), algorithm 1, as in its code; Baevski
+        et al., 2022, data2vec (arXiv:2202.03555): 120 of 14 x 14 patches.
+    """
+    _check_count("batch_size", batch_size, 1)
+    rows, columns = check_size("grid", grid)
+    _check_count("num_masked", num_masked, 0, rows * columns)
+    _check_count("min_block", min_block, 1)
+    if max_block is None:
+        max_block = max(num_masked, min_block)
+    _check_count("max_block", max_block, min_block)
+    low, high = (math.log(side) for side in check_range("aspect", aspect))
+
+    def mask_one(key: jax.Array) -> jax.Array:
+        def attempt(carry, uniform):
+            mask, in_vain = carry
+            left = jnp.minimum(num_masked - jnp.sum(mask), max_block)
+            area = min_block + (left - min_block) * uniform[0]
+            root = jnp.exp(0.5 * (low + (high - low) * uniform[1]))
+            height = jnp.round(jnp.sqrt(area) * root)
+            width = jnp.round(jnp.sqrt(area) / root)
+            top = jnp.floor(uniform[2] * (rows - height + 1))
+            first = jnp.floor(uniform[3] * (columns - width + 1))
+            block = _span(top, height, rows)[:, None] & _span(first, width, columns)
+            new = jnp.sum(block & ~mask)
+            fits = (height < rows) & (width < columns) & (0 < new) & (new <= left)
+            taken = fits & (in_vain < TRIES_IN_VAIN)
+            in_vain = jnp.where(taken, 0, in_vain + 1)
+            return (mask | (block & taken), in_vain), None
+
+        uniforms = jax.random.uniform(key, (TRIES, 4), jnp.float32)
+        start = (jnp.zeros((rows, columns), bool), jnp.zeros((), jnp.int32))
+        (mask, _), _ = lax.scan(attempt, start, uniforms)
+        return mask.reshape(-1)
+
+    return jax.vmap(mask_one)(example_keys(key, batch_size))
+
+
+def fill_masked(
+    images: jax.Array, mask: jax.Array, grid: int | tuple[int, int]
+) -> jax.Array:
+    """Hides masked patches of normalized images behind 0, there the mean color.
+
+    For networks that see pixels, not patches.
+
+    Args:
+        images: (N, H, W, C) normalized; H and W multiples of the grid's.
+        mask: (N, T) bool, True = masked.
+        grid: rows and columns of patches, T = rows * columns.
+
+    Returns:
+        (N, H, W, C), of the dtype of the images.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes.
+    """
+    rows, columns = check_size("grid", grid)
+    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images: got {images.dtype} of shape {images.shape}, expected floating"
+            " point of shape (N, H, W, C)"
+        )
+    count, height, width, _ = images.shape
+    if height % rows or width % columns:
+        raise ValueError(
+            f"images: got {height} x {width} pixels, expected multiples of the grid,"
+            f" {rows} x {columns}"
+        )
+    if mask.shape != (count, rows * columns) or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask: got {mask.dtype} of shape {mask.shape}, expected bool of shape"
+            f" {(count, rows * columns)}, one for each patch"
+        )
+    mask = mask.reshape(count, rows, columns, 1)
+    mask = mask.repeat(height // rows, axis=1).repeat(width // columns, axis=2)
+    return jnp.where(mask, 0, images)  # (N, H, W, C)
+
+
+def _span(start: jax.Array, extent: jax.Array, size: int) -> jax.Array:
+    """Which of `size` numbers are in [start, start + extent): (size,) bool."""
+    numbers = jnp.arange(size)
+    return (start <= numbers) & (numbers < start + extent)
+
+
+def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if not is_whole(value) or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {value!r}, expected an integer, {limit}")
