@@ -6,13 +6,26 @@ answers without jax.
 
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from jemjax.errors import UserError
 
-METHOD_NAMES = ("vicreg",)
+# In the order of the lecture, as `methods.METHODS`, which would bring jax.
+METHOD_NAMES = (
+    "vicreg",
+    "barlow-twins",
+    "swav",
+    "byol",
+    "simsiam",
+    "dino",
+    "data2vec",
+    "simclr",
+    "moco",
+    "moco-v3",
+)
 
 
 @contextlib.contextmanager
@@ -89,6 +102,8 @@ def _pretrain(arguments: list[str]) -> None:
 
     tune_cpu()
     path, arguments = _take_config(arguments)
+    # VICReg's word for a projector to more dimensions.
+    arguments = [re.sub(r"^--expander(?=$|=)", "--projector", a) for a in arguments]
     try:
         from pathlib import Path
 

@@ -3,21 +3,27 @@
 Collapse to a constant is prevented by asking that every dimension vary over the batch,
 and informational collapse by asking that no two dimensions vary together.
 
+From nearly equal embeddings a step widens their spread: the hinge on the standard
+deviation pushes each embedding away from the batch's mean, with a force that does not
+vanish until the spread is below sqrt(eps).
+
 Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906).
 """
 
 import dataclasses
 from typing import ClassVar
 
-import jax
-from flax import linen as nn
-
 from jemjax import losses
 from jemjax.augment import ViewRecipe, vicreg_imagenet, vicreg_small
 from jemjax.losses.checks import check_number
-from jemjax.losses.collectives import AxisName
-from jemjax.methods.base import SMALL_IMAGE, Defaults, Method, Optimization
-from jemjax.models import expander
+from jemjax.methods.base import (
+    SMALL_IMAGE,
+    Defaults,
+    Method,
+    Optimization,
+    both_ways,
+    small_images,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +32,6 @@ class VICReg(Method):
 
     name: ClassVar[str] = "vicreg"
 
-    expander: tuple[int, ...] | None = None
-    """widths of the expander's layers; unless given, 8192 8192 8192, and 512 512 512
-    for small images"""
     invariance_weight: float = 25.0
     """weight of the mean squared distance between views"""
     variance_weight: float = 25.0
@@ -48,23 +51,21 @@ class VICReg(Method):
         return vicreg_imagenet(image_size)
 
     # What embeds a view? The backbone, then an expander to many dimensions, in which
-    # decorrelation also removes dependencies that are not linear in the features.
-    def projector(self, image_size: int) -> nn.Module:
-        """The expander: Linear, BatchNorm, ReLU, and a last Linear without bias."""
-        width = 512 if image_size <= SMALL_IMAGE else 8192
-        return expander(self.expander or (width,) * 3)
+    # decorrelation also removes dependencies that are not linear in the features. Its
+    # layers are those of every method: biases but for the output, which has no norm.
 
     # What is the other branch? The same network with the same weights, and gradients
     # through both. What compares the branches? This loss, which remembers nothing.
-    def loss(
-        self, embeddings: tuple[jax.Array, ...], *, axis_name: AxisName = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, online, target=None, memory=None, *, axis_name=None):
         """25 invariance + 25 variance + 1 covariance, with the published weights."""
-        x, y = embeddings
         for name in ("invariance_weight", "variance_weight", "covariance_weight"):
             check_number(name, getattr(self, name))
-        terms = losses.vicreg_terms(
-            x, y, gamma=self.gamma, eps=self.eps, axis_name=axis_name
+        terms = both_ways(
+            lambda x, y: losses.vicreg_terms(
+                x, y, gamma=self.gamma, eps=self.eps, axis_name=axis_name
+            ),
+            online,
+            target,
         )
         loss = (
             self.invariance_weight * terms.invariance
@@ -76,16 +77,11 @@ class VICReg(Method):
     def defaults(self, image_size: int) -> Defaults:
         """100 epochs of ResNet-50 with LARS, or a network that laptops train."""
         if image_size <= SMALL_IMAGE:
-            return Defaults(
-                backbone="resnet-narrow",
-                batch_size=128,
-                epochs=12,
-                minimum_steps=2000,
-                optimization=Optimization("adamw", 6e-3, 1e-4, 0.5, 1e-3),
-            )
+            return small_images({"projector": (512, 512, 512)})
         return Defaults(
             backbone="resnet50",
             batch_size=512,
             epochs=100,
             optimization=Optimization("lars", 0.3, 1e-6, 10.0, 1e-3),
+            hyper={"projector": (8192, 8192, 8192)},
         )

@@ -2,43 +2,153 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from jemjax.models.resnet import BatchNorm
 
+# Learnable scale and offset of the normalization behind the last layer.
+OUTPUT_NORMS = {
+    "affine": {"use_scale": True, "use_bias": True},
+    "scale": {"use_scale": True, "use_bias": False},
+    "plain": {"use_scale": False, "use_bias": False},
+}
+ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
+KERNEL_INITS = {
+    "default": nn.initializers.lecun_normal(),
+    "truncated_normal": nn.initializers.truncated_normal(0.02),
+}
+
 
 class MLPHead(nn.Module):
-    """Linear layers with batch normalization and ReLU between them.
+    """Linear layers with batch normalization and an activation between them.
 
     Attributes:
         widths: of the layers, the last one of the output.
         hidden_bias: whether linear layers before the last have a bias.
         output_bias: whether the last linear layer has one.
-        output_norm: batch normalization behind the last layer: None, "affine", or
-            "plain" without scale and offset.
+        hidden_norm: whether batch normalization follows layers before the last.
+        output_norm: batch normalization behind the last layer: None, "affine", "scale"
+            without offset, or "plain" without scale and offset.
+        activation: "relu", or "gelu" with the error function.
+        kernel_init: "default", flax's, or "truncated_normal" with a standard deviation
+            of 0.02.
     """
 
     widths: Sequence[int]
     hidden_bias: bool = True
     output_bias: bool = True
-    output_norm: Literal["affine", "plain"] | None = None
+    hidden_norm: bool = True
+    output_norm: Literal["affine", "scale", "plain"] | None = None
+    activation: Literal["relu", "gelu"] = "relu"
+    kernel_init: Literal["default", "truncated_normal"] = "default"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """(N, features) -> (N, widths[-1]) float32."""
-        x = x.astype(jnp.float32)
+        _check_widths(self.widths)
+        activation = _choose("activation", self.activation, ACTIVATIONS)
+        kernel_init = _choose("kernel_init", self.kernel_init, KERNEL_INITS)
+        linear = functools.partial(nn.Dense, kernel_init=kernel_init)
         norm = functools.partial(BatchNorm, use_running_average=not train)
+        x = x.astype(jnp.float32)
         for width in self.widths[:-1]:
-            x = nn.relu(norm()(nn.Dense(width, use_bias=self.hidden_bias)(x)))
-        x = nn.Dense(self.widths[-1], use_bias=self.output_bias)(x)
+            x = linear(width, use_bias=self.hidden_bias)(x)
+            x = activation(norm()(x) if self.hidden_norm else x)
+        x = linear(self.widths[-1], use_bias=self.output_bias)(x)
         if self.output_norm is not None:
-            affine = self.output_norm == "affine"
-            x = norm(use_bias=affine, use_scale=affine)(x)
+            x = norm(**_choose("output_norm", self.output_norm, OUTPUT_NORMS))(x)
         return x
+
+
+class Prototypes(nn.Module):
+    """Scores of embeddings: their cosines with learned prototypes of unit length.
+
+    Embeddings are L2-normalized. How prototypes are kept at unit length differs:
+
+    "straight-through": SwAV's. The gradient passes the normalization as if it were not
+        there; after each update the step puts `normalize_rows(kernel)` in the place of
+        the kernel.
+    "weight": DINO's weight normalization, g v / ||v||, differentiated through v.
+
+    Its parameter `kernel` is (K, D), a prototype a row; `scale`, g, is (K, 1).
+
+    Attributes:
+        num_prototypes: K.
+        normalization: "straight-through" or "weight".
+        learn_scale: whether g is a parameter instead of 1; "weight" only.
+
+    References:
+        Caron et al., 2020, SwAV (arXiv:2006.09882); Salimans, Kingma, 2016, Weight
+        normalization (arXiv:1602.07868); Caron et al., 2021, DINO (arXiv:2104.14294).
+    """
+
+    num_prototypes: int
+    normalization: Literal["straight-through", "weight"] = "straight-through"
+    learn_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, D) embeddings, normalized or not yet -> (N, K) float32 scores."""
+        if self.num_prototypes < 1:
+            raise ValueError(
+                f"num_prototypes: got {self.num_prototypes}, expected at least 1"
+            )
+        if self.normalization not in ("straight-through", "weight"):
+            raise ValueError(
+                f"normalization: got {self.normalization!r}, expected"
+                ' "straight-through" or "weight"'
+            )
+        if self.learn_scale and self.normalization != "weight":
+            raise ValueError(
+                'learn_scale: got True, expected False with "straight-through", where'
+                " prototypes have unit length"
+            )
+        kernel = self.param(
+            "kernel", self._init_kernel, (self.num_prototypes, x.shape[-1])
+        )
+        prototypes = normalize_rows(kernel)  # (K, D)
+        if self.normalization == "straight-through":
+            # The difference is zero, and its gradient that of the kernel.
+            prototypes = lax.stop_gradient(prototypes) + (
+                kernel - lax.stop_gradient(kernel)
+            )
+        scores = normalize_rows(x) @ prototypes.T  # (N, K)
+        if self.learn_scale:
+            ones = nn.initializers.ones
+            scores = scores * self.param("scale", ones, (self.num_prototypes, 1))[:, 0]
+        return scores
+
+    def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        # Uniform in +-1 / sqrt(D), published for both: the length of v, about 0.58,
+        # says how fast weight normalization turns it.
+        kernel = jax.random.uniform(key, shape, minval=-1, maxval=1) / shape[1] ** 0.5
+        return normalize_rows(kernel) if self.normalization != "weight" else kernel
+
+
+def normalize_rows(x: jax.Array) -> jax.Array:
+    """Divides each row by its length: x / ||x||.
+
+    Rows shorter than about 1e-6 come out shorter than 1, and zero as zero, with a
+    gradient that is finite; rows up to the largest float32 come out right.
+
+    Args:
+        x: (..., D) embeddings, or the kernel of `Prototypes`, floating point.
+
+    Returns:
+        (..., D) float32.
+    """
+    x = x.astype(jnp.float32)
+    # The result does not depend on this scale, so it is a constant.
+    scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    x = x / jnp.maximum(scale, 1e-6)
+    # At least 1 but for those short rows, to which alone the bound then applies.
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(squares, 0.5))
 
 
 def expander(widths: Sequence[int]) -> MLPHead:
@@ -56,8 +166,18 @@ def expander(widths: Sequence[int]) -> MLPHead:
     References:
         Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906).
     """
+    _check_widths(widths)
+    return MLPHead(tuple(widths), output_bias=False)
+
+
+def _check_widths(widths: Sequence[int]) -> None:
     if not widths or min(widths) < 1:
         raise ValueError(
             f"widths: got {tuple(widths)}, expected one positive width a layer"
         )
-    return MLPHead(tuple(widths), output_bias=False)
+
+
+def _choose(name: str, value: str, choices: dict[str, Any]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    return choices[value]

@@ -6,7 +6,6 @@ initialized to zero (Goyal et al., 2017, arXiv:1706.02677).
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -106,9 +105,37 @@ class ResNet(nn.Module):
         last = self.width * 2 ** (len(self.stage_sizes) - 1)
         return last * self.block.expansion  # type: ignore[attr-defined]
 
-    @nn.compact
+    def grid(self, image_size: int) -> int:
+        """Positions in a row, and in a column, of the output for such images."""
+        size = image_size // 2 if self.stem == "patch" else image_size
+        stride = 2 ** (len(self.stage_sizes) - 1) * (
+            4 if self.stem == "imagenet" else 1
+        )
+        return -(-size // stride)
+
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """(N, H, W, C) normalized images -> (N, num_features) float32 features."""
+        x = self._positions(images, train)
+        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))  # (N, num_features)
+
+    def tokens(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """The output before its mean, as a transformer's tokens and its only layer.
+
+        Args:
+            images: (N, H, W, C) normalized images.
+            train: whether normalization uses the batch's statistics.
+
+        Returns:
+            (N, T, num_features) float32, one for each position, and the same as
+            (1, N, T, num_features).
+        """
+        x = self._positions(images, train).astype(jnp.float32)
+        x = x.reshape(len(x), -1, x.shape[-1])  # (N, T, num_features)
+        return x, x[None]
+
+    @nn.compact
+    def _positions(self, images: jax.Array, train: bool) -> jax.Array:
+        """(N, H, W, C) -> (N, grid, grid, num_features)."""
         if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(
                 f"images: got {images.dtype} of shape {images.shape}, expected floating"
@@ -137,7 +164,7 @@ class ResNet(nn.Module):
                     stride=2 if stage > 0 and index == 0 else 1,
                     dtype=self.dtype,
                 )(x, train=train)
-        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))  # (N, num_features)
+        return x
 
 
 resnet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
@@ -147,40 +174,3 @@ resnet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
 resnet_narrow = functools.partial(
     ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=32, stem="patch"
 )
-
-BACKBONES: dict[str, Callable[..., ResNet]] = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet-narrow": resnet_narrow,
-}
-
-
-def create_backbone(name: str, *, image_size: int, dtype: Any = jnp.float32) -> ResNet:
-    """A backbone by its name, with the stem that fits the size of the images.
-
-    Args:
-        name: resnet18, resnet34, resnet50 or resnet-narrow.
-        image_size: height and width of a view in pixels; up to 64 the small-image stem
-            is used, without a stride and pooling.
-        dtype: of the activations, float32 or bfloat16.
-
-    Returns:
-        A module (N, H, W, C) -> (N, num_features).
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in BACKBONES:
-        raise ValueError(
-            f"backbone: got {name!r}, expected one of {', '.join(BACKBONES)}"
-        )
-    if name == "resnet-narrow":
-        # Stages down to 4 x 4 pixels: below, convolutions waste their time.
-        stem: Stem = "patch" if image_size >= 24 else "small"
-        resolution = image_size / (2 if stem == "patch" else 1)
-        stages = min(3, max(1, 1 + round(math.log2(resolution / 4))))
-        return resnet_narrow(stage_sizes=(1,) * stages, stem=stem, dtype=dtype)
-    return BACKBONES[name](
-        stem="small" if image_size <= 64 else "imagenet", dtype=dtype
-    )

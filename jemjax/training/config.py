@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 import tyro
 
-from jemjax.augment import ViewRecipe
+from jemjax.augment import MaskRecipe, ViewRecipe
 from jemjax.data import Source
 from jemjax.errors import UserError
 from jemjax.methods import Method, Optimization
@@ -41,16 +41,37 @@ class ViewOptions:
     """random inversion of bright pixels"""
     crop_scale: tuple[float, float] | None = None
     """smallest and largest area of a crop, as a share of the image; unless given, the
-    method's, and for digits 0.4 1.0"""
+    method's, and for digits 0.4 1.0; local views keep their own"""
+    mask: Literal["none", "random", "block", "drop"] | None = None
+    """hide patches from the online branch: scattered ones, or blocks; drop: scattered
+    ones are left out, of transformers; unless given, as the method publishes it"""
+    mask_ratio: float | None = None
+    """share of the patches that are hidden; unless given, the method's, or 0.6, and
+    0.75 where they are dropped"""
 
     def apply(self, recipe: ViewRecipe) -> ViewRecipe:
         """The recipe with these options."""
         if self.crop_scale is not None:
+            scale = tuple(self.crop_scale)
             views = [
-                dataclasses.replace(view, crop_scale=tuple(self.crop_scale))
-                for view in recipe.views
+                dataclasses.replace(view, crop_scale=scale)
+                for view in recipe.views[: recipe.num_global]
             ]
+            views += recipe.views[recipe.num_global :]
             recipe = dataclasses.replace(recipe, views=tuple(views))
+        if self.mask == "none":
+            recipe = dataclasses.replace(recipe, mask=None)
+        elif self.mask is not None:
+            ratio = {"drop": 0.75}.get(self.mask, 0.6)
+            recipe = dataclasses.replace(recipe, mask=MaskRecipe(self.mask, ratio))
+        if self.mask_ratio is not None:
+            if recipe.mask is None:
+                raise ValueError(
+                    f"mask_ratio: got {self.mask_ratio} where nothing is masked,"
+                    " expected --views.mask too"
+                )
+            mask = dataclasses.replace(recipe.mask, ratio=self.mask_ratio)
+            recipe = dataclasses.replace(recipe, mask=mask)
         for part in ("crop", "flip", "jitter", "grayscale", "blur", "solarize"):
             if getattr(self, part) is False:
                 recipe = recipe.without(part)
@@ -61,18 +82,35 @@ class ViewOptions:
 class OptimizerOptions:
     """How the parameters are updated; unless given, as the method publishes it."""
 
-    name: Literal["lars", "sgd", "adamw"] | None = None
+    name: Literal["lars", "lars-simclr", "larc", "sgd", "adamw"] | None = None
     """the optimizer"""
     learning_rate: float | None = None
     """peak, for a batch of 256; it grows in proportion to the batch"""
     weight_decay: float | None = None
-    """of weights; biases and normalization parameters have none"""
+    """of weights"""
+    final_weight_decay: float | None = None
+    """where the weight decay's cosine ends; unless given, it is constant"""
+    decay_all: bool | None = None
+    """whether biases and normalization parameters are decayed too"""
     momentum: float | None = None
-    """of lars and sgd"""
+    """of lars, larc and sgd"""
+    b2: float | None = None
+    """of adamw, the decay of squared gradients"""
+    schedule: Literal["cosine", "linspace", "epochs"] | None = None
+    """cosine, linspace (with the end points of SwAV's and DINO's code), or epochs (a
+    cosine that changes once an epoch)"""
     warmup_epochs: float | None = None
-    """linear warm-up from 0"""
+    """linear warm-up"""
+    warmup_start: float | None = None
+    """of the peak, where the warm-up starts"""
     final_fraction: float | None = None
     """of the peak, where the cosine ends"""
+    bias_rate: float | None = None
+    """of the learning rate, for biases and normalization parameters"""
+    clip_norm: float | None = None
+    """largest norm of a gradient"""
+    clip_each: bool | None = None
+    """whether each parameter's gradient is clipped by itself, or all together"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +128,12 @@ class PretrainConfig:
     output: str | None = None
     """folder of the run; unless given, runs/METHOD-DATA"""
     backbone: str | None = None
-    """resnet18, resnet34, resnet50 or resnet-narrow; unless given, by image size"""
+    """resnet18, resnet34, resnet50, resnet-narrow, vit-tiny, vit-small, vit-base or
+    vit-narrow; unless given, by method and image size"""
+    patch_size: int | None = None
+    """of a transformer, in pixels; unless given, by image size"""
+    drop_path: float | None = None
+    """of a transformer, the share of blocks' branches that the online branch drops"""
     image_size: int | None = None
     """height and width of a view in pixels; unless given, the images' own up to 64,
     else 224"""
@@ -146,6 +189,7 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
     batch_size = config.batch_size
     if batch_size is None:
         batch_size = defaults.batch_size
+    method = config.method.resolve(image_size, max(batch_size, 1), len(source))
     steps = config.steps
     if steps is None:
         epochs = defaults.epochs if config.epochs is None else config.epochs
@@ -154,15 +198,21 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
         steps = math.ceil(epochs * len(source) / max(batch_size, 1))
         if config.epochs is None:
             steps = max(steps, defaults.minimum_steps)
+    backbone = config.backbone or defaults.backbone
+    drop_path = config.drop_path
+    if drop_path is None:
+        drop_path = defaults.drop_path if backbone.startswith("vit") else 0.0
     tenth = max(1, steps // 10)
     eval_every = tenth if config.eval_every is None else config.eval_every
     checkpoint_every = config.checkpoint_every
     name = config.data.split(":")[-1].rstrip("/").split("/")[-1]
     resolved = dataclasses.replace(
         config,
+        method=method,
         output=config.output or f"runs/{config.method.name}-{name}",
         eval_data=config.eval_data or config.data,
-        backbone=config.backbone or defaults.backbone,
+        backbone=backbone,
+        drop_path=drop_path,
         image_size=image_size,
         steps=steps,
         epochs=round(steps * batch_size / len(source), 3),
@@ -175,6 +225,7 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
         optimizer=_resolve_optimizer(config.optimizer, defaults.optimization),
     )
     problems = list(_problems(config, resolved, len(source)))
+    problems += resolved.method.problems(resolved.batch_size or 1)
     if problems:
         raise UserError("\n".join(problems))
     return resolved
@@ -195,6 +246,10 @@ def _resolve_optimizer(
 ) -> OptimizerOptions:
     given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     if given.get("name", published.name) != published.name:
+        # What else was published belongs to the other optimizer.
+        published = Optimization(
+            published.name, 0.0, 0.0, published.warmup_epochs, published.final_fraction
+        )
         missing = [n for n in ("learning_rate", "weight_decay") if n not in given]
         if missing:
             flags = " and ".join(f"--optimizer.{_flag(name)}" for name in missing)
@@ -229,11 +284,16 @@ def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
         )
     if config.batch_size == 1:
         yield "--batch-size: got 1, expected at least 2: the loss needs a spread"
+    if options.schedule == "epochs" and options.warmup_epochs:
+        yield (
+            f"--optimizer.warmup-epochs: got {options.warmup_epochs}, expected 0 with"
+            " --optimizer.schedule epochs"
+        )
     if config.resume and config.overwrite:
         yield "--resume and --overwrite exclude each other: give one of them"
-    for name in ("learning_rate", "weight_decay", "warmup_epochs", "final_fraction"):
-        value = getattr(options, name)
-        if not 0 <= value < math.inf:
+    for name, value in dataclasses.asdict(options).items():
+        number = isinstance(value, int | float) and name != "momentum"
+        if number and not 0 <= value < math.inf:
             yield (
                 f"--optimizer.{_flag(name)}: got {value}, expected a finite number >= 0"
             )

@@ -22,8 +22,8 @@ from jemjax.augment import ViewRecipe
 from jemjax.data import Source, batches, in_memory, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS, Optimization
-from jemjax.models import JointEmbedding, create_backbone
-from jemjax.targets import warmup_cosine
+from jemjax.models import create_backbone
+from jemjax.runtime import quick_compilation
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
@@ -32,18 +32,13 @@ from jemjax.training.config import (
     resolve,
     to_toml,
 )
-from jemjax.training.measure import (
-    choose_examples,
-    embed_examples,
-    make_features,
-    measure,
-    measure_knn,
-)
+from jemjax.training.features import Embedder, choose_examples, embed_examples
+from jemjax.training.measure import measure, measure_collapse, measure_knn
 from jemjax.training.mesh import make_mesh, replicated, to_devices
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.state import TrainState, init_state
-from jemjax.training.step import make_train_step
+from jemjax.training.step import Step, make_train_step
 
 
 class Run(NamedTuple):
@@ -55,17 +50,33 @@ class Run(NamedTuple):
     recipe: ViewRecipe
     optimizer: optax.GradientTransformation
     schedule: Callable[[ArrayLike], jax.Array]
+    step: Step
     image_shape: tuple[int, int, int]
 
     def init(self) -> TrainState:
         """The state before the first step, on every device."""
-        size = self.config.image_size
-        view = jnp.zeros((2, size, size, self.image_shape[2]), jnp.float32)
         init = jax.jit(
-            lambda key: init_state(key, self.network, self.optimizer, view),
+            self._init,
             out_shardings=replicated(self.mesh),
+            compiler_options=quick_compilation(),
         )
         return init(jax.random.key(self.config.seed))
+
+    def _init(self, key: jax.Array) -> TrainState:
+        size = self.config.image_size
+        view = jnp.zeros((2, size, size, self.image_shape[2]), jnp.float32)
+        return init_state(key, self.config.method, self.network, self.optimizer, view)
+
+    def check(self) -> None:
+        """Traces a step, in which what makes no sense is refused with the reason."""
+        images = jax.ShapeDtypeStruct(
+            (self.config.batch_size, *self.image_shape), jnp.uint8
+        )
+        try:
+            state = jax.eval_shape(self._init, jax.random.key(0))
+            jax.eval_shape(self.step, state, images)
+        except ValueError as error:  # argument, got, expected
+            raise UserError(f"{self.config.method.name}: {error}") from error
 
 
 def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
@@ -77,38 +88,46 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
             f"--batch-size: got {config.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )
+    method = config.method
     try:
-        network = JointEmbedding(
-            backbone=create_backbone(
-                config.backbone,
-                image_size=config.image_size,
-                dtype=jnp.dtype(config.compute_dtype),
-            ),
-            projector=config.method.projector(config.image_size),
+        backbone = create_backbone(
+            config.backbone,
+            image_size=config.image_size,
+            dtype=jnp.dtype(config.compute_dtype),
+            patch_size=config.patch_size,
+            drop_path=config.drop_path or 0.0,
+            pooling=method.pooling,
+            layer_scale=method.defaults(config.image_size).layer_scale,
         )
-        recipe = config.views.apply(config.method.views(config.image_size))
-        embedding = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-        jax.eval_shape(config.method.loss, (embedding,) * len(recipe.views))
+        network = method.network(backbone)
+        recipe = config.views.apply(method.views(config.image_size))
+        steps_per_epoch = len(source) / config.batch_size
+        optimizer, schedule = make_optimizer(
+            Optimization(**dataclasses.asdict(config.optimizer)),
+            batch_size=config.batch_size,
+            total_steps=config.steps,
+            steps_per_epoch=steps_per_epoch,
+            constant_rate=method.constant_rate,
+            frozen=method.frozen,
+            frozen_for={
+                name: round(epochs * steps_per_epoch)
+                for name, epochs in method.frozen_epochs().items()
+            },
+        )
+        step = make_train_step(
+            method,
+            network,
+            recipe,
+            optimizer,
+            mesh,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=config.steps,
+        )
     except ValueError as error:  # argument, got, expected
-        raise UserError(f"{config.method.name}: {error}") from error
-    options = Optimization(**dataclasses.asdict(config.optimizer))
-    peak = options.learning_rate * config.batch_size / 256
-    schedule = warmup_cosine(
-        peak=peak,
-        warmup_steps=min(
-            round(options.warmup_epochs * len(source) / config.batch_size),
-            config.steps // 2,
-        ),
-        total_steps=config.steps,
-        final=peak * options.final_fraction,
+        raise UserError(f"{method.name}: {error}") from error
+    return Run(
+        config, mesh, network, recipe, optimizer, schedule, step, source.image_shape
     )
-    optimizer = make_optimizer(
-        options.name,
-        schedule,
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-    )
-    return Run(config, mesh, network, recipe, optimizer, schedule, source.image_shape)
 
 
 def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str, Any]:
@@ -132,6 +151,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     test = _open(config.eval_data, "test", config, display)
     _check_test(config, source, test)
     run = build(config, source)
+    run.check()
     folder = _prepare_folder(config)
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
 
@@ -143,9 +163,9 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
             display.say(f"resumed after step {int(state.step)}")
         if state is untrained:
             untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
-        features = make_features(run.network, run.recipe, run.mesh)
+        embedder = Embedder(config.method, run.network, run.recipe, run.mesh)
         seconds = _train(
-            run, source, test, state, features, checkpoints, display, folder
+            run, source, test, state, embedder, checkpoints, display, folder
         )
         final = checkpoints.restore(untrained, config.steps)
     finally:
@@ -155,7 +175,14 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     results = {
         "method": config.method.name,
         "data": config.data,
-        **measure(final, untrained, examples, features, run.recipe, display.say),
+        **measure(
+            final.measured(config.method),
+            untrained.measured(config.method),
+            examples,
+            embedder,
+            run.recipe,
+            display.say,
+        ),
         "steps": config.steps,
         **seconds,
         "total_seconds": round(time.monotonic() - began, 1),
@@ -183,7 +210,7 @@ def _train(
     source: Source,
     test: Source,
     state: TrainState,
-    features: Callable[[TrainState, np.ndarray], np.ndarray],
+    embedder: Embedder,
     checkpoints: Checkpoints,
     display: Display,
     folder: Path,
@@ -195,9 +222,6 @@ def _train(
     if first >= total:
         past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
         return {"images_per_second": past[-1]["images_per_second"]} if past else {}
-    train_step = make_train_step(
-        config.method, run.network, run.recipe, run.optimizer, run.mesh
-    )
     monitor = choose_examples(source, test, config.eval_examples)
     metrics_file = MetricsFile(folder / "metrics.jsonl", first + 1)
     stream = batches(
@@ -216,7 +240,7 @@ def _train(
     try:
         images = to_devices(next(stream)["image"], run.mesh)
         for step in range(first + 1, total + 1):
-            state, metrics = train_step(state, images)
+            state, metrics = run.step(state, images)
             if step < total:  # the next batch is loaded while the devices work
                 images = to_devices(next(stream)["image"], run.mesh)
             if step % config.log_every == 0 or step in (first + 1, total):
@@ -242,11 +266,21 @@ def _train(
                     "images/s": rate,
                 } | {k: v for k, v in shown.items() if k == "kNN"}
                 display.step(step, total, shown)
-            if _due(step, config.eval_every) and step < total and monitor.num_classes:
-                embed = functools.partial(features, state)
-                knn = measure_knn(embed_examples(monitor, embed))
-                metrics_file.write({"step": step, "knn": knn})
-                shown["kNN"] = knn
+            if _due(step, config.eval_every) and step < total:
+                variables = state.measured(config.method)
+                embedded = embed_examples(
+                    monitor, functools.partial(embedder.embed, variables)
+                )
+                assert embedded.test.embedding is not None
+                figures = measure_collapse(embedded.test.embedding)
+                row = {"step": step, "effective_rank": figures["effective_rank"]}
+                if monitor.num_classes:
+                    row["knn"] = shown["kNN"] = measure_knn(embedded)
+                if figures["collapse"]:
+                    row["collapse"] = figures["collapse"]
+                for sentence in figures["collapse"]:
+                    display.say(f"step {step}: collapse, {sentence}")
+                metrics_file.write(row)
                 mark, marked = time.monotonic(), step
             if _due(step, config.checkpoint_every) or step == total:
                 checkpoints.save(step, state)
@@ -380,10 +414,10 @@ def evaluate(
         "eval_data": eval_data,
         "step": int(state.step),
         **measure(
-            state,
-            untrained,
+            state.measured(config.method),
+            untrained.measured(config.method),
             choose_examples(source, test, config.final_examples),
-            make_features(run.network, run.recipe, run.mesh),
+            Embedder(config.method, run.network, run.recipe, run.mesh),
             run.recipe,
             display.say,
         ),

@@ -8,6 +8,8 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from jemjax.methods import Method
+
 
 class TrainState(struct.PyTreeNode):
     """The state of a run: arrays only, so what is saved is what is needed.
@@ -26,9 +28,19 @@ class TrainState(struct.PyTreeNode):
     target_batch_stats: Any = struct.field(default_factory=dict)
     loss_state: Any = struct.field(default_factory=dict)
 
+    def measured(self, method: Method) -> dict[str, Any]:
+        """The variables of the branch whose features are the method's result."""
+        if method.measured == "target" and method.target == "momentum":
+            return {
+                "params": self.target_params,
+                "batch_stats": self.target_batch_stats,
+            }
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def init_state(
     key: jax.Array,
+    method: Method,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     view: jax.Array,
@@ -37,7 +49,8 @@ def init_state(
 
     Args:
         key: typed key from which parameters and all later draws follow.
-        network: maps (N, H, W, C) views to embeddings.
+        method: says what the target is, and what the loss remembers.
+        network: maps (N, H, W, C) views to `Outputs`.
         optimizer: of the parameters.
         view: (N, H, W, C) zeros, for the shapes.
 
@@ -45,11 +58,35 @@ def init_state(
         A `TrainState` at step 0.
     """
     init_key, key = jax.random.split(key)
-    variables = network.init(init_key, view, train=True)
+    outputs, variables = network.init_with_output(init_key, view, train=True)
+    params = method.constrain(variables["params"])
+    batch_stats = variables.get("batch_stats", {})
+    target_params, target_batch_stats = {}, {}
+    if method.target == "momentum":
+        other = variables
+        if method.own_target_init:
+            other = network.init(jax.random.fold_in(init_key, 1), view, train=True)
+        target_params = jax.tree.map(
+            lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)),
+            method.constrain(without_predictor(other["params"])),
+        )
+        # A copy: a step frees the buffers that it is given, each once.
+        target_params = jax.tree.map(jnp.copy, target_params)
+        target_batch_stats = jax.tree.map(
+            jnp.copy, without_predictor(other.get("batch_stats", {}))
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        target_params=target_params,
+        target_batch_stats=target_batch_stats,
+        loss_state=method.init_loss_state(jax.random.fold_in(init_key, 2), outputs),
     )
+
+
+def without_predictor(tree: Any) -> Any:
+    """What the target branch has: all modules but the predictor."""
+    return {name: module for name, module in tree.items() if name != "predictor"}

@@ -1,19 +1,23 @@
 """One step: images, views, embeddings, loss, update."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jemjax.augment import ViewRecipe, make_views
+from jemjax.augment.masking import make_masks, num_kept_patches
 from jemjax.evaluation import normalized_std
-from jemjax.methods import Method
-from jemjax.training.state import TrainState
+from jemjax.methods import Clock, Method
+from jemjax.models import Outputs
+from jemjax.targets import moving_average
+from jemjax.training.state import TrainState, without_predictor
 
 Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -24,64 +28,227 @@ def make_train_step(
     recipe: ViewRecipe,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    steps_per_epoch: float,
+    total_steps: int,
 ) -> Step:
     """The compiled step of a method.
 
     Args:
-        method: gives the loss.
-        network: maps (N, H, W, C) views to (features, embeddings).
-        recipe: the views.
+        method: gives the loss, the other branch, and what is remembered.
+        network: maps (N, H, W, C) views to `Outputs`.
+        recipe: the views and their masks.
         optimizer: of the parameters.
         mesh: with an axis `data`, over which images are sharded.
+        steps_per_epoch: steps in which all images are seen once.
+        total_steps: steps of the run.
 
     Returns:
         (state, (N, H, W, C) uint8 images) -> (state after the step, scalars to log).
         The state given is donated: its buffers are those of the one returned.
     """
+    branches = Branches(method, network, recipe)
+
     # Over the devices' shards the loss says itself what is sent between them; the
     # network before it is partitioned by the compiler.
-    loss_of_batch = jax.shard_map(
-        functools.partial(method.loss, axis_name="data"),
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=P(),
-    )
+    def loss_of_batch(online, target, memory):
+        def loss(online, target, memory):
+            return method.loss(online, target, memory, axis_name="data")
+
+        specs = {name: method.recall_specs.get(name, P()) for name in memory}
+        return jax.shard_map(
+            loss, mesh=mesh, in_specs=(P("data"), P("data"), specs), out_specs=P()
+        )(online, target, memory)
 
     def train_step(state: TrainState, images: jax.Array):
-        views = make_views(jax.random.fold_in(state.key, state.step), images, recipe)
+        clock = Clock(state.step, steps_per_epoch, total_steps)
+        view_key, mask_key, drop_key = jax.random.split(
+            jax.random.fold_in(state.key, state.step), 3
+        )
+        views = make_views(view_key, images, recipe)
+        masks = branches.masks(mask_key, images)
 
         def loss_of_params(params):
-            batch_stats, embeddings = state.batch_stats, []
-            for view in views:  # each with its own batch statistics, as published
-                (_, embedding), updates = network.apply(
-                    {"params": params, "batch_stats": batch_stats},
-                    view,
-                    train=True,
-                    mutable=["batch_stats"],
-                )
-                batch_stats = updates["batch_stats"]
-                embeddings.append(embedding)  # (N, D)
-            loss, terms = loss_of_batch(tuple(embeddings))
-            return loss, (terms, batch_stats, embeddings[0])
+            online, target, batch_stats, target_batch_stats = branches.embed(
+                params, state, views, masks, drop_key
+            )
 
-        (loss, (terms, batch_stats, embedding)), gradients = jax.value_and_grad(
-            loss_of_params, has_aux=True
-        )(state.params)
+            def scores(embeddings) -> Any:
+                return network.apply({"params": params}, embeddings, method="scores")
+
+            memory = lax.stop_gradient(method.recall(state.loss_state, clock, scores))
+            compared = None
+            if not branches.are_one:
+                compared = tuple(outputs.target for outputs in target)
+                if method.stop_gradient:
+                    compared = lax.stop_gradient(compared)
+            loss, terms = loss_of_batch(
+                tuple(outputs.prediction for outputs in online), compared, memory
+            )
+            outputs = lax.stop_gradient((online, target))
+            return loss, (terms, outputs, batch_stats, target_batch_stats)
+
+        (loss, (terms, outputs, batch_stats, target_batch_stats)), gradients = (
+            jax.value_and_grad(loss_of_params, has_aux=True)(state.params)
+        )
+        online, target = outputs
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = method.constrain(optax.apply_updates(state.params, updates))
         metrics = {
             "loss": loss,
             **terms,
-            "embedding_std": normalized_std(embedding),
+            "embedding_std": normalized_std(online[0].embedding),
             "gradient_norm": optax.tree.norm(gradients),
         }
+        target_params = state.target_params
+        if method.target == "momentum":
+            metrics["target_momentum"] = momentum = method.momentum(clock)
+            target_params = moving_average(
+                target_params, without_predictor(params), momentum
+            )
+            if method.average_statistics:
+                target_batch_stats = moving_average(
+                    state.target_batch_stats, without_predictor(batch_stats), momentum
+                )
         return (
             state.replace(
                 step=state.step + 1,
-                params=optax.apply_updates(state.params, updates),
+                params=params,
                 batch_stats=batch_stats,
                 opt_state=opt_state,
+                target_params=target_params,
+                target_batch_stats=target_batch_stats,
+                loss_state=method.remember(state.loss_state, clock, online, target),
             ),
             jax.tree.map(lambda x: x.astype(jnp.float32), metrics),
         )
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+class Branches:
+    """The two branches of a method: which views each sees, and with which weights.
+
+    They are one and the same where weights are shared with gradients, there is no
+    predictor, and nothing is masked. A moving average has a forward pass of its own;
+    so has a masked run, in which the target sees the views whole.
+    """
+
+    def __init__(self, method: Method, network: nn.Module, recipe: ViewRecipe):
+        self.method, self.recipe = method, recipe
+        self.network: Any = network
+        count = len(recipe.views)
+        self.online_views = method.online_views or tuple(range(count))
+        self.target_views = method.target_views or tuple(range(recipe.num_global))
+        self.separate = method.target == "momentum" or recipe.mask is not None
+        self.are_one = (
+            not self.separate
+            and method.target == "shared"
+            and getattr(network, "predictor", None) is None
+            and self.online_views[: recipe.num_global] == self.target_views
+        )
+
+    def masks(
+        self, key: jax.Array, images: jax.Array
+    ) -> dict[int, tuple[jax.Array, int | None]]:
+        """For each online view its mask, and how many patches are left."""
+        if self.recipe.mask is None:
+            return {}
+        masks = {}
+        for number in self.online_views:
+            side = self.network.backbone.grid(self.recipe.views[number].size)
+            mask = make_masks(
+                jax.random.fold_in(key, number), len(images), side, self.recipe.mask
+            )
+            num_kept = None
+            if self.recipe.mask.kind == "drop":
+                num_kept = num_kept_patches(side * side, self.recipe.mask.ratio)
+            masks[number] = mask, num_kept
+        return masks
+
+    def embed(
+        self,
+        params: Any,
+        state: TrainState,
+        views: Sequence[jax.Array],
+        masks: dict[int, tuple[jax.Array, int | None]],
+        drop_key: jax.Array,
+    ) -> tuple[tuple[Outputs, ...], tuple[Outputs, ...], Any, Any]:
+        """The outputs of both branches, and their batch statistics after them."""
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        seen = self.online_views
+        if not self.separate:  # one forward pass, of whatever either branch needs
+            seen = tuple(sorted({*self.online_views, *self.target_views}))
+        outputs, batch_stats = self._forward(
+            variables, views, seen, masks, rngs={"drop_path": drop_key}
+        )
+        online = tuple(outputs[number] for number in self.online_views)
+        target_batch_stats = state.target_batch_stats
+        if not self.separate:
+            target = tuple(outputs[number] for number in self.target_views)
+            return online, target, batch_stats, target_batch_stats
+        momentum = self.method.target == "momentum"
+        if momentum:
+            variables = {
+                "params": state.target_params,
+                "batch_stats": state.target_batch_stats,
+            }
+        else:
+            variables = {"params": params, "batch_stats": batch_stats}
+        outputs, updated = self._forward(
+            variables, views, self.target_views, {}, predict=False
+        )
+        if momentum:
+            target_batch_stats = updated
+        else:
+            batch_stats = {**batch_stats, **updated}
+        target = tuple(outputs[number] for number in self.target_views)
+        return online, target, batch_stats, target_batch_stats
+
+    def _forward(self, variables, views, numbers, masks, *, predict=True, rngs=None):
+        """Outputs by the view's number, and the batch statistics after all of them."""
+        groups: list[list[int]] = [[number] for number in numbers]
+        if self.method.views_together:  # views of one size as one batch
+            sizes = [self.recipe.views[number].size for number in numbers]
+            groups = [
+                [n for n, other in zip(numbers, sizes, strict=True) if other == size]
+                for size in dict.fromkeys(sizes)
+            ]
+        outputs: dict[int, Outputs] = {}
+        for group in groups:
+            # Side by side for each example, so that no example changes its device.
+            images = _interleave([views[number] for number in group])
+            mask, num_kept = None, None
+            if masks:
+                mask = _interleave([masks[number][0] for number in group])
+                num_kept = masks[group[0]][1]
+            together, updates = self.network.apply(
+                variables,
+                images,
+                train=True,
+                mask=mask,
+                num_kept=num_kept,
+                predict=predict,
+                mutable=["batch_stats"],
+                rngs=rngs,
+            )
+            batch_stats = {**variables["batch_stats"], **updates.get("batch_stats", {})}
+            variables = {**variables, "batch_stats": batch_stats}
+            for place, number in enumerate(group):
+                outputs[number] = _one_of(len(group), place, together)
+        return outputs, variables["batch_stats"]
+
+
+def _interleave(arrays: list[jax.Array]) -> jax.Array:
+    """V arrays (N, ...) -> (N V, ...), the views of an example side by side."""
+    if len(arrays) == 1:
+        return arrays[0]
+    stacked = jnp.stack(arrays, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _one_of(count: int, place: int, outputs: Outputs) -> Outputs:
+    """The outputs of one of `count` interleaved views: (N V, ...) -> (N, ...)."""
+    if count == 1:
+        return outputs
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, place], outputs)

@@ -2,11 +2,15 @@
 
 from typing import NamedTuple
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jemjax.models import MLPHead, expander
+from jemjax.models import MLPHead, Prototypes, expander, normalize_rows
 
 
 class Case(NamedTuple):
@@ -125,6 +129,220 @@ def test_equals_the_official_head(golden, case):
     _close(
         case.head.apply(variables, inputs(golden_eval), train=False), case, golden_eval
     )
+
+
+@pytest.mark.parametrize(
+    "golden_out", ["out_train", "out_eval_after_one_update"], ids=lambda name: name[:8]
+)
+def test_equals_swavs_scores(golden, golden_out):
+    z = golden("heads")
+    out = z[f"swav_head_and_prototypes/{golden_out}"]  # embedding and scores
+    kernel = z["swav_head_and_prototypes/param/prototypes/weight"]
+    # The file's are as they were initialized: official training normalizes them first.
+    length = np.linalg.norm(kernel, axis=1)
+    scores = Prototypes(5).apply({"params": {"kernel": kernel}}, out[:, :6])
+    np.testing.assert_allclose(scores * length, out[:, 6:], rtol=2e-5, atol=2e-6)
+
+
+DINO_MLP = MLPHead(
+    (16, 16, 8), hidden_norm=False, activation="gelu", kernel_init="truncated_normal"
+)
+
+
+def _dino_variables(z):
+    mlp = {
+        f"Dense_{index}": {
+            "kernel": z[f"param/mlp/{position}/weight"].T,
+            "bias": z[f"param/mlp/{position}/bias"],
+        }
+        for index, position in enumerate((0, 2, 4))
+    }
+    last = {
+        "kernel": z["param/last_layer/weight_v"],
+        "scale": z["param/last_layer/weight_g"],
+    }
+    return {"params": mlp}, {"params": last}
+
+
+@pytest.mark.parametrize("learn_scale", [False, True])
+def test_equals_dinos_head(golden, learn_scale):
+    z = golden("dino_head")
+    mlp, last = _dino_variables(z)
+    np.testing.assert_array_equal(last["params"]["scale"], 1)
+    if not learn_scale:
+        del last["params"]["scale"]
+    prototypes = Prototypes(20, "weight", learn_scale=learn_scale)
+
+    @jax.jit
+    def head(x):
+        return prototypes.apply(last, DINO_MLP.apply(mlp, x, train=True))
+
+    out, vjp = jax.vjp(head, z["x"])
+    np.testing.assert_allclose(out, z["out"], rtol=2e-5, atol=2e-6)
+    (gradient,) = vjp(jnp.asarray(z["u"]))
+    atol = 1e-6 * np.abs(z["grad_x"]).max()
+    np.testing.assert_allclose(gradient, z["grad_x"], rtol=2e-4, atol=atol)
+
+
+def test_swavs_gradient_passes_the_normalization(key):
+    x = normalize_rows(jax.random.normal(key, (7, 4)))
+    cotangent = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    kernel = 3.0 * jax.random.normal(key, (3, 4))  # not of unit length
+
+    def gradient(prototypes):
+        def loss(kernel):
+            return jnp.sum(
+                cotangent * prototypes.apply({"params": {"kernel": kernel}}, x)
+            )
+
+        return jax.grad(loss)(kernel)
+
+    straight = gradient(Prototypes(3))
+    np.testing.assert_allclose(straight, cotangent.T @ x, rtol=1e-5, atol=1e-6)
+    # That of weight normalization is orthogonal to each prototype, and 1 / ||v|| of it.
+    unit = normalize_rows(kernel)
+    length = jnp.linalg.norm(kernel, axis=1, keepdims=True)
+    along = jnp.sum(straight * unit, axis=1, keepdims=True) * unit
+    expected = (straight - along) / length
+    weight = gradient(Prototypes(3, "weight"))
+    np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prototypes",
+    [Prototypes(6), Prototypes(6, "weight"), Prototypes(6, "weight", learn_scale=True)],
+    ids=str,
+)
+def test_scores_are_cosines_from_the_start(key, prototypes):
+    x = 5 * jax.random.normal(key, (7, 4))
+    scores, variables = prototypes.init_with_output(key, x)
+    assert scores.shape == (7, 6) and scores.dtype == jnp.float32
+    params = variables["params"]
+    expected = normalize_rows(x) @ normalize_rows(params["kernel"]).T
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    again = prototypes.apply(variables, normalize_rows(x))
+    np.testing.assert_allclose(again, scores, rtol=1e-5, atol=1e-6)
+    if prototypes.normalization == "straight-through":
+        length = jnp.linalg.norm(params["kernel"], axis=1)
+        np.testing.assert_allclose(length, 1, rtol=1e-6)
+    assert ("scale" in params) == prototypes.learn_scale
+
+
+def test_a_learned_scale_multiplies_the_scores_of_its_prototype(key):
+    prototypes = Prototypes(3, "weight", learn_scale=True)
+    x = jax.random.normal(key, (7, 4))
+    variables = prototypes.init(key, x)
+    params = variables["params"]
+    scaled = {**params, "scale": jnp.array([[1.0], [2.0], [-3.0]])}
+    np.testing.assert_allclose(
+        prototypes.apply({"params": scaled}, x),
+        prototypes.apply(variables, x) * jnp.array([1.0, 2.0, -3.0]),
+        rtol=1e-6,
+    )
+
+
+_length_and_gradient = jax.jit(
+    lambda x, u: (
+        jnp.linalg.norm(normalize_rows(x), axis=1),
+        jax.grad(lambda x: jnp.sum(u * normalize_rows(x)))(x),
+    )
+)
+
+
+@given(exponent=st.integers(-5, 37), seed=st.integers(0, 9))
+def test_rows_get_unit_length(exponent, seed):
+    x = np.random.default_rng(seed).normal(size=(5, 4))
+    x = x / np.abs(x).max(axis=1, keepdims=True) * 10.0**exponent
+    x[0] = [10.0**exponent, 0, 0, 0]
+    u = np.random.default_rng(seed + 10).normal(size=(5, 4))
+    length, gradient = _length_and_gradient(x.astype(np.float32), u.astype(np.float32))
+    np.testing.assert_allclose(length, 1, rtol=1e-5)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    unit = x / norm
+    expected = u - np.sum(u * unit, axis=1, keepdims=True) * unit
+    np.testing.assert_allclose(gradient * norm, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-20, 1e-7])
+def test_short_rows_stay_short_with_finite_gradients(value):
+    x = np.full((5, 4), value, np.float32)
+    length, gradient = _length_and_gradient(x, np.ones((5, 4), np.float32))
+    assert (length <= 1).all()
+    assert ((length > 0.9) == (value > 5e-7)).all()
+    assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() < 2e6
+
+
+def test_what_is_not_finite_stays_visible():
+    x = np.ones((3, 4), np.float32)
+    x[0, 1], x[1, 2] = np.nan, np.inf
+    finite = np.isfinite(normalize_rows(x)).all(axis=1)
+    np.testing.assert_array_equal(finite, [False, False, True])
+
+
+def test_heads_have_what_they_say(key):
+    x = jax.random.normal(key, (8, 4))
+
+    def names(head):
+        shapes = jax.eval_shape(lambda: head.init(key, x, train=True))["params"]
+        return {module: set(leaves) for module, leaves in shapes.items()}
+
+    assert names(MLPHead((5, 3), output_norm="scale")) == {
+        "Dense_0": {"kernel", "bias"},
+        "BatchNorm_0": {"scale", "bias"},
+        "Dense_1": {"kernel", "bias"},
+        "BatchNorm_1": {"scale"},
+    }
+    assert names(MLPHead((5, 3), hidden_norm=False, hidden_bias=False)) == {
+        "Dense_0": {"kernel"},
+        "Dense_1": {"kernel", "bias"},
+    }
+
+
+def test_moco_v2_has_relu_only(key):
+    head = MLPHead((5, 3), hidden_norm=False)
+    x = jax.random.normal(key, (8, 4))
+    out, variables = head.init_with_output(key, x, train=True)
+    params = variables["params"]
+    hidden = np.maximum(x @ params["Dense_0"]["kernel"], 0)
+    expected = hidden @ params["Dense_1"]["kernel"]
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_are_normalized_over_the_batch(key):
+    head = MLPHead((5, 3), output_norm="scale")
+    x = jax.random.normal(key, (16, 4))
+    out, _ = head.init_with_output(key, x, train=True)
+    chex.assert_trees_all_close(jnp.mean(out, axis=0), jnp.zeros(3), atol=1e-6)
+    chex.assert_trees_all_close(jnp.std(out, axis=0), jnp.ones(3), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (MLPHead(()), "widths: got"),
+        (MLPHead((4,), activation="tanh"), "activation: got 'tanh', expected one of"),
+        (MLPHead((4,), output_norm="layer"), "output_norm: got 'layer'"),
+        (MLPHead((4,), kernel_init="zeros"), "kernel_init: got 'zeros'"),
+    ],
+    ids=str,
+)
+def test_unknown_options_are_refused(key, head, message):
+    with pytest.raises(ValueError, match=message):
+        head.init(key, jnp.zeros((2, 3)), train=True)
+
+
+@pytest.mark.parametrize(
+    ("prototypes", "message"),
+    [
+        (Prototypes(0), "num_prototypes: got 0"),
+        (Prototypes(4, "none"), "normalization: got 'none'"),
+        (Prototypes(4, learn_scale=True), "learn_scale: got True"),
+    ],
+    ids=str,
+)
+def test_wrong_prototypes_are_refused(key, prototypes, message):
+    with pytest.raises(ValueError, match=message):
+        prototypes.init(key, jnp.zeros((2, 3)))
 
 
 @pytest.mark.parametrize("widths", [(), (8, 0)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jemjax.models import BACKBONES, create_backbone, resnet18, resnet34, resnet50
+from jemjax.models import resnet18, resnet34, resnet50
 from jemjax.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -30,15 +30,20 @@ def test_parameters_of_the_published_networks(constructor, parameters, features)
     assert model.num_features == features
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize(("size", "channels"), [(32, 3), (16, 1)])
-def test_every_backbone_takes_small_images(name, size, channels):
-    model = create_backbone(name, image_size=size)
-    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
-    init = functools.partial(model.init_with_output, train=True)
-    features, _ = jax.eval_shape(init, jax.random.key(0), images)
-    assert features.shape == (2, model.num_features)
-    assert features.dtype == jnp.float32
+@pytest.mark.parametrize("stem", ["imagenet", "small", "patch"])
+@pytest.mark.parametrize("size", [16, 25, 31, 96])
+def test_tokens_are_the_positions_before_the_mean(stem, size):
+    model = ResNet((1, 1), BasicBlock, width=4, stem=stem)
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+
+    def tokens(images):
+        call = functools.partial(model.init_with_output, jax.random.key(0), train=True)
+        return call(images, method="tokens")[0]
+
+    final, layers = jax.eval_shape(tokens, images)
+    grid = model.grid(size)
+    assert final.shape == (2, grid * grid, 8) and layers.shape == (1, *final.shape)
+    assert final.dtype == layers.dtype == jnp.float32
 
 
 def test_stems_differ_in_resolution(key):
@@ -77,6 +82,8 @@ def test_evaluation_changes_nothing_and_uses_the_running_statistics(key):
     alone = model.apply(variables, images[:1], train=False)
     together = model.apply(variables, images, train=False)
     np.testing.assert_allclose(alone, together[:1], rtol=1e-5, atol=1e-6)
+    final, _ = model.apply(variables, images, train=False, method="tokens")
+    np.testing.assert_allclose(final.mean(axis=1), together, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +95,7 @@ def test_integers_and_wrong_ranks_are_refused(key, images):
         model.init(key, images, train=True)
 
 
-def test_unknown_names_are_refused(key):
-    with pytest.raises(ValueError, match="expected one of resnet18"):
-        create_backbone("resnet9", image_size=32)
+def test_unknown_stems_are_refused(key):
     with pytest.raises(ValueError, match="stem: got 'large'"):
         ResNet((1,), BasicBlock, stem="large").init(
             key, jnp.zeros((1, 8, 8, 3)), train=True

@@ -1,0 +1,81 @@
+"""Every method of the lecture on one data set, and a table of what each learned.
+
+python experiments/methods.py --data folder:PATH     # about 10 minutes a method
+python experiments/methods.py --data folder:PATH --methods vicreg dino --steps 500
+
+Each is `jemjax pretrain METHOD` with its defaults for small images and, unless --steps
+is given, the number of steps below, which two CPU cores take in five to ten minutes. A
+run that was interrupted is resumed. Measured figures are in experiments/README.md.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+from jemjax.cli import METHOD_NAMES
+
+STEPS = dict.fromkeys(METHOD_NAMES, 1500)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    data: str
+    """folder:PATH or tfds:NAME"""
+    methods: tuple[str, ...] = METHOD_NAMES
+    """which of them"""
+    steps: int | None = None
+    """of each run"""
+    output: Path = Path("runs/methods")
+    """folder of the runs' folders"""
+
+
+def table(folders: list[Path]) -> str:
+    """The results of runs as a Markdown table."""
+    lines = [
+        "| | steps | training | images/s | kNN: trained | untrained | pixels | 10 labels"
+        " | linear: trained | untrained | effective rank | collapse |",
+        "|" + "---|" * 12,
+    ]
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text())
+        knn, linear = results["knn"], results["linear"]
+        collapse = results["embedding_collapse"]
+        cells = (
+            results["method"],
+            f"{results['steps']:,}",
+            f"{results['training_seconds']:.0f} s",
+            f"{results['images_per_second']:.0f}",
+            f"**{knn['trained']:.1%}**",
+            f"{knn['untrained']:.1%}",
+            f"{knn['pixels']:.1%}",
+            f"{results['knn_10_labels']['trained']:.1%}",
+            f"**{linear['trained']:.1%}**",
+            f"{linear['untrained']:.1%}",
+            f"{results['collapse']['effective_rank']:.1f}",
+            "; ".join(collapse["collapse"]) or "no",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    """Runs the methods one after the other, and prints the table."""
+    folders = []
+    for method in options.methods:
+        folder = options.output / method
+        command = [sys.executable, "-m", "jemjax.cli", "pretrain", method, "--resume"]
+        command += ["--data", options.data, "--output", str(folder)]
+        command += ["--steps", str(options.steps or STEPS[method])]
+        subprocess.run(command, check=True)
+        folders.append(folder)
+    print(table(folders))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
