@@ -15,6 +15,7 @@ TRAIN = (
     "grain",
     "pillow",
     "scikit-learn",
+    "scipy",
     "tyro",
     "rich",
     "tomli-w",

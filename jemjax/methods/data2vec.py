@@ -30,6 +30,8 @@ from jemjax.methods.base import (
 )
 from jemjax.models import MaskedPrediction, MLPHead
 
+Normalization = Literal["layer", "instance", "none"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data2Vec(Method):
@@ -44,9 +46,9 @@ class Data2Vec(Method):
     target_schedule: Literal["cosine", "linear"] = "linear"
     top_layers: int | None = None
     """the target is the mean of so many of the last layers"""
-    layer_normalization: Literal["layer", "instance"] | None = "layer"
-    """of each layer before the mean"""
-    final_normalization: Literal["layer", "instance"] | None = "layer"
+    layer_normalization: Normalization = "layer"
+    """of each layer before the mean: over dimensions, over patches, or none"""
+    final_normalization: Normalization = "layer"
     """of the mean"""
     beta: float = 2.0
     """where the smooth L1 loss turns from a square to a line; 0: squares"""
@@ -91,8 +93,8 @@ class Data2Vec(Method):
         for prediction, layers in zip(online, target, strict=True):
             targets = losses.data2vec_target(
                 jnp.moveaxis(layers, 1, 0),  # (L, N, T, D)
-                layer_normalization=self.layer_normalization,
-                final_normalization=self.final_normalization,
+                layer_normalization=_or_none(self.layer_normalization),
+                final_normalization=_or_none(self.final_normalization),
                 stop_gradient=self.stop_gradient,
             )
             total = total + losses.smooth_l1(
@@ -148,3 +150,7 @@ class Data2Vec(Method):
                 "final_target_momentum": 0.9998,
             },
         )
+
+
+def _or_none(normalization: Normalization) -> Literal["layer", "instance"] | None:
+    return None if normalization == "none" else normalization

@@ -155,12 +155,34 @@ class Display:
                 )
         if table.row_count:
             self.console.print(table)
-        collapse = results["collapse"]
-        self.say(
-            f"features: normalized std {collapse['normalized_std']:.4f} (ideal"
-            f" {collapse['ideal_normalized_std']:.4f}), effective rank"
-            f" {collapse['effective_rank']:.1f}, RankMe {collapse['rankme']:.1f}"
+        if "clusters" in results:
+            self._clusters(results["clusters"])
+        for name, key in (
+            ("features", "collapse"),
+            ("embedding", "embedding_collapse"),
+        ):
+            figures = results[key]
+            self.say(
+                f"{name}: normalized std {figures['normalized_std']:.4f} (ideal"
+                f" {figures['ideal_normalized_std']:.4f}), effective rank"
+                f" {figures['effective_rank']:.1f}, RankMe {figures['rankme']:.1f},"
+                f" alpha-ReQ {figures['alpha_req']:.2f}"
+            )
+            for sentence in figures["collapse"]:
+                self.say(f"  collapse, {sentence}")
+
+    def _clusters(self, clusters: Mapping[str, float]) -> None:
+        text = (
+            f"clusters: {clusters['used_prototypes']} of {clusters['prototypes']}"
+            f" prototypes used (perplexity {clusters['perplexity']:.1f})"
         )
+        if "hungarian_accuracy" in clusters:
+            text += (
+                f", mutual information {clusters['normalized_mutual_information']:.3f},"
+                f" Hungarian accuracy {clusters['hungarian_accuracy']:.1%}, with 10"
+                f" labels a class {clusters['accuracy_10_labels']:.1%}"
+            )
+        self.say(text)
 
 
 def _short(value: float) -> str:

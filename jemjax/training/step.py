@@ -17,6 +17,7 @@ from jemjax.evaluation import normalized_std
 from jemjax.methods import Clock, Method
 from jemjax.models import Outputs
 from jemjax.targets import moving_average
+from jemjax.training.mesh import replicated
 from jemjax.training.state import TrainState, without_predictor
 
 Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -123,7 +124,8 @@ def make_train_step(
             jax.tree.map(lambda x: x.astype(jnp.float32), metrics),
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    # Said, or the compiler would shard a queue, and compile again for the next step.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 class Branches:

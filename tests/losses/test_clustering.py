@@ -178,7 +178,7 @@ def _hazards():
     outlier = cosines.copy()
     outlier[3, 4] = -1e4
     return {
-        # RELIABILITY.md: what makes exp(scores / epsilon) overflow or vanish
+        # What makes exp(scores / epsilon) overflow or vanish
         "logits from 0 to 4, epsilon .04": (2 + 2 * cosines, 0.04),
         "cosine 1, epsilon .01": (np.eye(N, K, dtype=np.float32), 0.01),
         "float16 cosine .6": (np.full((N, K), 0.6, np.float16), 0.05),
@@ -240,8 +240,8 @@ def test_sinkhorn_is_finite_for_finite_scores(hazard):
         assert assignments.dtype == jnp.float32
         np.testing.assert_allclose(jnp.sum(assignments, axis=1), 1.0, rtol=1e-5)
         assert np.all(assignments >= 0)
-        # Up to 1 / epsilon, which not every dtype holds.
-        if np.finfo(np.float32).max * epsilon > 1:
+        # It is of order 1 / epsilon, which float32 has to hold.
+        if epsilon > 1e-38:
             assert np.isfinite(np.asarray(gradient, np.float64)).all()
 
 
@@ -466,7 +466,7 @@ def test_gradients_agree_with_finite_differences(shape, offset, num_iterations):
         )
 
 
-@pytest.mark.parametrize("assigned", [1, 2, 3])
+@pytest.mark.parametrize("assigned", [1, 3])
 def test_the_losses_gradients_agree_with_finite_differences(assigned):
     with jax.enable_x64(True):
         scores = _cosines((3, 4, 5)).astype(np.float64)
@@ -591,7 +591,12 @@ LOSSES = {
     "scaling": (functools.partial(_sinkhorn_loss, epsilon=0.3), 2),
     "swav": (_swav_loss, 2),
 }
-QUICK = ("scaling, with a queue", "logarithms")
+# Each takes seconds to compile, with both forms and their gradients in all of them.
+CASES = [(name, context) for name in LOSSES for context in list(CONTEXTS)[1:]]
+QUICK = {
+    "scaling, with a queue": set(CONTEXTS),
+    "logarithms": {"grad of shard_map", "shard_map of grad, unchecked"},
+}
 
 
 @functools.cache
@@ -602,10 +607,14 @@ def _problem(name):
     return loss, parameter, arrays, CONTEXTS["bare"](loss, parameter, arrays, 1)
 
 
-@pytest.mark.parametrize("context", list(CONTEXTS)[1:])
 @pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES],
+    ("name", "context"),
+    [
+        case
+        if case[1] in QUICK.get(case[0], ())
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
 )
 def test_every_context_on_eight_devices(name, context):
     loss, parameter, arrays, expected = _problem(name)
