@@ -38,8 +38,8 @@ class Options:
 def table(folders: list[Path]) -> str:
     """The results of runs as a Markdown table."""
     lines = [
-        "| | steps | training | images/s | kNN: trained | untrained | pixels | 10 labels"
-        " | linear: trained | untrained | effective rank | collapse |",
+        "| | steps | training | images/s | kNN: trained | untrained | pixels"
+        " | 10 labels | linear: trained | untrained | effective rank | collapse |",
         "|" + "---|" * 12,
     ]
     for folder in folders:

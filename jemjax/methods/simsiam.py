@@ -4,7 +4,8 @@ The loss is as blind to collapse as BYOL's: a constant embedding has the smalles
 value, -1, and from nearly equal embeddings a step does not widen their spread. It does
 not collapse because no gradient flows into the target: the predictor then learns the
 mean over views of an image, and the network follows it, as two alternating problems.
-With `--target shared` gradients flow through both, and it collapses within an epoch.
+With `--target shared` gradients flow through both, and the embeddings collapse: not to
+a point, which the projector's last normalization rules out, but to a line.
 
 Chen, He, 2021, SimSiam (arXiv:2011.10566).
 """

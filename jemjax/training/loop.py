@@ -181,6 +181,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
             examples,
             embedder,
             run.recipe,
+            folder,
             display.say,
         ),
         "steps": config.steps,
@@ -419,6 +420,7 @@ def evaluate(
             choose_examples(source, test, config.final_examples),
             Embedder(config.method, run.network, run.recipe, run.mesh),
             run.recipe,
+            folder,
             display.say,
         ),
     }

@@ -1,8 +1,10 @@
 """How good a representation is, by the protocols of `evaluation`."""
 
+import csv
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -149,6 +151,7 @@ def measure(
     examples: Examples,
     embedder: Embedder,
     recipe: ViewRecipe,
+    folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The final figures, by protocol: of the trained network and what it is beside.
@@ -161,6 +164,7 @@ def measure(
         examples: what to measure on.
         embedder: the network.
         recipe: how images reach it.
+        folder: of the run, where `clusters.csv` is written if there are prototypes.
         say: where progress is told.
 
     Returns:
@@ -182,6 +186,7 @@ def measure(
             results["collapse"] = measure_collapse(embedded.test.features)
             results["embedding_collapse"] = measure_collapse(embedded.test.embedding)
             if embedder.num_prototypes:
+                _write_clusters(folder / "clusters.csv", embedded, examples)
                 results["clusters"] = measure_clusters(
                     embedded,
                     examples,
@@ -192,3 +197,19 @@ def measure(
             for protocol, figure in measure_protocols(embedded).items():
                 results.setdefault(protocol, {})[name] = figure
     return results
+
+
+def _write_clusters(path: Path, embedded: Embedded, examples: Examples) -> None:
+    """Which prototype each test image falls in, by its number in the data."""
+    assert embedded.test.cluster is not None
+    names = examples.test.class_names
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "prototype", "label"))
+        for index, cluster, label in zip(
+            examples.test_indices,
+            embedded.test.cluster,
+            embedded.test_labels,
+            strict=True,
+        ):
+            writer.writerow((index, cluster, names[label] if label >= 0 else ""))

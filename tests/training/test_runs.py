@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jemjax.cli import METHOD_NAMES
 from jemjax.training.metrics import MetricsFile, read_metrics
 
 # A network and a run so small that compilation is most of the time.
@@ -82,11 +83,11 @@ def test_evaluate_repeats_the_final_figures(finished):
         assert again[protocol] == pytest.approx(_results(folder)[protocol])
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bytes(finished, tmp_path):
-    folder = tmp_path / "run"
-    arguments = [*TINY, "--checkpoint-every=10", f"--output={folder}", "--resume"]
+def _kill_and_resume(method, options, folder):
+    """What `results.json` says of a run that was killed once, and of its output."""
+    arguments = [*options, "--checkpoint-every=10", f"--output={folder}", "--resume"]
     process = subprocess.Popen(
-        _command("pretrain", "vicreg", *arguments), stdout=subprocess.DEVNULL
+        _command("pretrain", method, *arguments), stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
     while not any((folder / "checkpoints").glob("[0-9]*[0-9]")):
@@ -95,12 +96,67 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "results.json").exists()
-    done = _jemjax("pretrain", "vicreg", *arguments)
+    done = _jemjax("pretrain", method, *arguments)
     assert done.returncode == 0, done.stderr
     assert "resumed after step" in done.stdout
-    assert _results(folder)["state_sha256"] == _results(finished[0])["state_sha256"]
+    return _results(folder)
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bytes(finished, tmp_path):
+    folder = tmp_path / "run"
+    results = _kill_and_resume("vicreg", TINY, folder)
+    assert results["state_sha256"] == _results(finished[0])["state_sha256"]
     steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHOD_NAMES[1:])
+def test_every_method_ends_in_the_same_bytes_when_killed(method, tmp_path):
+    options = ["--steps=40", "--batch-size=64", "--image-size=8", "--log-every=5"]
+    options += ["--eval-every=0"]
+    done = _jemjax("pretrain", method, *options, f"--output={tmp_path / 'undisturbed'}")
+    assert done.returncode == 0, done.stderr
+    results = _kill_and_resume(method, options, tmp_path / "killed")
+    undisturbed = _results(tmp_path / "undisturbed")
+    assert results["state_sha256"] == undisturbed["state_sha256"]
+
+
+def test_clusters_and_collapse_are_measured(tmp_path):
+    done = _jemjax(
+        "pretrain",
+        "swav",
+        *TINY[:2],
+        "--projector",
+        "16",
+        "8",
+        "--num-prototypes=20",
+        "--image-size=8",
+        "--eval-every=20",
+        f"--output={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    results = _results(tmp_path / "run")
+    clusters = results["clusters"]
+    assert 1 <= clusters["used_prototypes"] <= clusters["prototypes"] == 20
+    for name in ("hungarian_accuracy", "accuracy_10_labels"):
+        assert 0 < clusters[name] <= 1
+    rows = (tmp_path / "run" / "clusters.csv").read_text().splitlines()
+    assert rows[0] == "image,prototype,label" and len(rows) == 1 + 355
+    assert "prototypes used" in done.stdout
+    for key in ("collapse", "embedding_collapse"):
+        assert isinstance(results[key]["collapse"], list)
+    logged = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert any("effective_rank" in row for row in logged)
+
+
+def test_a_swap_that_makes_no_sense_is_refused_with_the_reason(tmp_path):
+    done = _jemjax(
+        "pretrain", "data2vec", "--projector", "8", f"--output={tmp_path / 'run'}"
+    )
+    assert done.returncode == 2
+    assert "--projector: data2vec predicts the backbone's own layers" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_can_be_resumed_too(finished):

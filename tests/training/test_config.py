@@ -1,0 +1,64 @@
+"""From options to a configuration in which no choice is left open, and back."""
+
+import pytest
+import tyro
+
+from jemjax.data import open_data
+from jemjax.errors import UserError
+from jemjax.methods import METHODS
+from jemjax.training.config import PretrainConfig, from_toml, resolve, to_toml
+from jemjax.training.loop import build
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_data("digits", split="train")
+
+
+def _parse(method, *arguments):
+    default = PretrainConfig(method=METHODS[method]())
+    return tyro.cli(PretrainConfig, args=arguments, default=default)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_configuration_survives_its_file(name, digits, tmp_path):
+    config = resolve(PretrainConfig(method=METHODS[name]()), digits)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    read = from_toml(tmp_path / "config.toml", PretrainConfig(method=METHODS[name]()))
+    assert read == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--projector", "64", "32"], "projector", (64, 32)),
+        (["--projector", "none"], "projector", "none"),
+        (["--predictor", "none"], "predictor", "none"),
+        (["--predictor"], "predictor", ()),
+        (["--target", "shared"], "target", "shared"),
+        (["--target-momentum", "0.9"], "target_momentum", 0.9),
+    ],
+)
+def test_swaps_on_the_command_line(arguments, field, value, digits):
+    config = resolve(_parse("byol", *arguments), digits)
+    assert getattr(config.method, field) == value
+
+
+# Options, and words of the reason for which they are refused.
+REFUSED = [
+    ("moco", ["--queue-length", "100"], "expected a multiple of the batch size, 128"),
+    ("vicreg", ["--views.mask-ratio", "0.5"], "expected --views.mask too"),
+    ("vicreg", ["--views.mask", "drop"], "transformers only"),
+    ("vicreg", ["--patch-size", "4"], "sees pixels, not patches"),
+    ("data2vec", ["--views.mask", "none"], "what is masked is predicted"),
+    ("simsiam", ["--optimizer.schedule", "epochs"], "expected 0 with"),
+    ("byol", ["--optimizer.name", "sgd"], "--optimizer.learning-rate"),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "reason"), REFUSED)
+def test_what_makes_no_sense_is_refused_with_the_reason(
+    method, arguments, reason, digits
+):
+    with pytest.raises(UserError, match=reason):
+        build(resolve(_parse(method, *arguments), digits), digits).check()
