@@ -232,13 +232,13 @@ def block_mask(
 def fill_masked(
     images: jax.Array, mask: jax.Array, grid: int | tuple[int, int]
 ) -> jax.Array:
-    """Hides masked patches of normalized images behind 0, there the mean color.
+    """Hides masked patches behind the mean color of what is left of each image.
 
     For networks that see pixels, not patches.
 
     Args:
-        images: (N, H, W, C) normalized; H and W multiples of the grid's.
-        mask: (N, T) bool, True = masked.
+        images: (N, H, W, C); H and W multiples of the grid's.
+        mask: (N, T) bool, True = masked; where all is masked, the color is 0.
         grid: rows and columns of patches, T = rows * columns.
 
     Returns:
@@ -266,7 +266,10 @@ def fill_masked(
         )
     mask = mask.reshape(count, rows, columns, 1)
     mask = mask.repeat(height // rows, axis=1).repeat(width // columns, axis=2)
-    return jnp.where(mask, 0, images)  # (N, H, W, C)
+    left = jnp.sum(~mask, axis=(1, 2), keepdims=True)  # (N, 1, 1, 1)
+    total = jnp.sum(jnp.where(mask, 0, images), axis=(1, 2), keepdims=True)
+    mean = (total / jnp.maximum(left, 1)).astype(images.dtype)  # (N, 1, 1, C)
+    return jnp.where(mask, mean, images)  # (N, H, W, C)
 
 
 def _span(start: jax.Array, extent: jax.Array, size: int) -> jax.Array:

@@ -292,7 +292,7 @@ def mocov3_imagenet(size: int = 224, smallest_crop: float = 0.2) -> ViewRecipe:
 
 
 def swav_imagenet(
-    size: int = 224, local_size: int = 96, num_local: int = 6
+    size: int = 224, local_size: int | None = None, num_local: int = 6
 ) -> ViewRecipe:
     """SwAV's views of photographs: two large crops and some small ones, colored alike.
 
@@ -301,7 +301,8 @@ def swav_imagenet(
 
     Args:
         size: height and width of the two global views in pixels.
-        local_size: height and width of a local view in pixels.
+        local_size: height and width of a local view in pixels; unless given, 96 for
+            224, and in proportion, in steps of 16, for other sizes.
         num_local: number of local views, >= 0.
     """
     view = View(
@@ -315,7 +316,9 @@ def swav_imagenet(
         blur_probability=0.5,
         std=SWAV_STD,
     )
-    local = dataclasses.replace(view, size=local_size, crop_scale=(0.05, 0.14))
+    local = dataclasses.replace(
+        view, size=local_size or _local_size(size), crop_scale=(0.05, 0.14)
+    )
     return _with_local((view, view), local, num_local)
 
 
@@ -341,7 +344,7 @@ def swav_small(size: int = 32, num_local: int = 0) -> ViewRecipe:
 
 def dino_imagenet(
     size: int = 224,
-    local_size: int = 96,
+    local_size: int | None = None,
     num_local: int = 8,
     smallest_crop: float | None = None,
 ) -> ViewRecipe:
@@ -351,7 +354,8 @@ def dino_imagenet(
 
     Args:
         size: height and width of the two global views in pixels.
-        local_size: height and width of a local view in pixels.
+        local_size: height and width of a local view in pixels; unless given, 96 for
+            224, and in proportion, in steps of 16, for other sizes.
         num_local: number of local views, >= 0.
         smallest_crop: the share of the image at which global crops start and local
             ones end. Unless given it is 0.4 with local views, as published for
@@ -365,7 +369,7 @@ def dino_imagenet(
     )
     local = dataclasses.replace(
         first,
-        size=local_size,
+        size=local_size or _local_size(size),
         crop_scale=(0.05, smallest_crop),
         blur_probability=0.5,
     )
@@ -467,6 +471,10 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
     view = recipe.views[0]
     images = resize(check_images(images), view.size, view.interpolation)
     return normalize(images, view.mean, view.std)
+
+
+def _local_size(size: int) -> int:
+    return max(1, size * 96 // 224 // 16) * 16
 
 
 def _with_local(

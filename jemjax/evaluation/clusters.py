@@ -143,20 +143,20 @@ def label_clusters(
 def few_label_cluster_accuracy(
     labelled_scores: ArrayLike,
     labelled_labels: ArrayLike,
-    test_scores: ArrayLike,
+    test_assignments: ArrayLike,
     test_labels: ArrayLike,
     *,
     temperature: float = 0.1,
 ) -> float:
     """Accuracy of clusters as a classifier that has seen a few labels.
 
-    mean_n [label_k(n) = label_n],  k(n) = argmax_k scores_nk,  label_k of
+    mean_n [label_k(n) = label_n],  k(n) the cluster of example n,  label_k of
     `label_clusters`
 
     Args:
         labelled_scores: (N, K) of the labelled examples by each prototype.
         labelled_labels: (N,) integers >= 0.
-        test_scores: (M, K).
+        test_assignments: (M,) integers in [0, K), the cluster of each example.
         test_labels: (M,) integers >= 0.
         temperature: > 0, of the votes.
 
@@ -167,14 +167,14 @@ def few_label_cluster_accuracy(
         ValueError: for other shapes, dtypes or values.
     """
     names = label_clusters(labelled_scores, labelled_labels, temperature=temperature)
-    rows = _scores("test_scores", test_scores)
+    clusters = _integers("test_assignments", test_assignments)
     labels = _integers("test_labels", test_labels)
-    if rows.shape != (len(labels), len(names)):
+    if len(clusters) != len(labels) or clusters.max() >= len(names):
         raise ValueError(
-            f"test_scores: got shape {rows.shape}, expected ({len(labels)},"
-            f" {len(names)}) as test_labels and labelled_scores"
+            f"test_assignments: got shape {clusters.shape} up to {clusters.max()},"
+            f" expected ({len(labels)},) as test_labels, up to {len(names) - 1}"
         )
-    return float(np.mean(names[rows.argmax(axis=1)] == labels))
+    return float(np.mean(names[clusters] == labels))
 
 
 def _counts(assignments: ArrayLike, labels: ArrayLike) -> np.ndarray:

@@ -62,7 +62,8 @@ def check_arrays(
         )
     # Only as JAX arrays do NumPy's float64 become float32 where x64 is off.
     values = [jnp.asarray(array) for array, _ in arrays.values()]
-    dtype = jnp.result_type(jnp.float32, *values)
+    double = any(value.dtype == jnp.float64 for value in values)
+    dtype = jnp.float64 if double else jnp.float32
     return [value.astype(dtype) for value in values]
 
 
@@ -99,8 +100,9 @@ def check_number(
     minimum: float = 0.0,
     maximum: float = math.inf,
     exclusive: bool = False,
+    dtype: Any = None,
 ) -> Any:
-    """Checks a hyper-parameter: a finite Python number, or a traced scalar as it is.
+    """Checks a hyper-parameter: a finite Python number, or a traced scalar.
 
     Args:
         name: the argument's name.
@@ -108,6 +110,9 @@ def check_number(
         minimum: the smallest value allowed.
         maximum: the largest value allowed.
         exclusive: whether `minimum` itself is refused.
+        dtype: that of the arrays it is computed with, or None. A traced scalar is cast
+            to it, and a number > 0 becomes no smaller than its smallest normal one,
+            below which it would be zero.
 
     Returns:
         A Python float, or the traced scalar.
@@ -125,7 +130,9 @@ def check_number(
                 f"{name}: got {value}, expected a finite number {relation} {minimum:g}"
                 f"{limit}"
             )
+        if dtype is not None and number > 0:
+            number = max(number, float(jnp.finfo(dtype).tiny))
         return number
     if getattr(value, "shape", None) != ():
         raise ValueError(f"{name}: got {value!r}, expected a number or a traced scalar")
-    return value
+    return value if dtype is None else jnp.asarray(value).astype(dtype)

@@ -38,10 +38,10 @@ def sinkhorn(
         v_k = (N / K) / sum_n u_n exp(scores_nk / epsilon)   the shares are N / K
         u_n = 1 / sum_k exp(scores_nk / epsilon) v_k         the rows sum to one
 
-    Rows sum to one exactly and shares are N / K in the limit. Without iterations it is
+    Rows sum to one, to rounding, and shares are N / K in the limit. Without iterations it is
     the row softmax of scores / epsilon, which tends to K-means' nearest prototype for
-    epsilon -> 0; for epsilon -> infinity every assignment is uniform. A row with one
-    prototype to itself needs N >= K: below, prototypes have to share rows.
+    epsilon -> 0; for epsilon -> infinity every assignment is uniform. For N < K no
+    assignment can be one-hot: each row is spread over at least K / N prototypes.
 
     Each iteration is two products of a matrix and a vector where the range of all the
     scores / epsilon lets exp neither overflow nor vanish, and is computed from
@@ -150,14 +150,15 @@ def swapped_cross_entropy(
         scores=(scores, "VNK"),
         assignments=(assignments, "ANK"),
     )
-    temperature = check_number("temperature", temperature, exclusive=True)
+    temperature = check_number(
+        "temperature", temperature, exclusive=True, dtype=scores.dtype
+    )
     views, assigned = scores.shape[0], assignments.shape[0]
     if views < max(2, assigned):
         raise ValueError(
             f"scores: got {views} views, expected at least 2 and the {assigned} of"
             " assignments"
         )
-    temperature = jnp.asarray(temperature, scores.dtype)
     # What view v predicts is the sum of the assignments but its own, and a cross
     # entropy is linear in it: one inner product a view, and no logarithm of a softmax.
     # That sum is added up, not subtracted from `every`: scores can be large enough to
@@ -196,9 +197,9 @@ def swav(
     with q_i the `sinkhorn` assignments of view i, which get no gradient.
 
     It does not collapse because every prototype is assigned its equal share of the
-    batch: when all rows of scores are one row s, all assignments are uniform, whatever
-    the scores, and the loss is logsumexp(s / T) - mean(s) / T >= ln K, which is ln K
-    when all the scores are equal. Fewer examples than prototypes cannot fill them:
+    batch: when all rows of scores are one row s, all assignments are uniform (with an
+    iteration, and without a queue), whatever the scores, and the loss is
+    logsumexp(s / T) - mean(s) / T >= ln K, which is ln K when all the scores are equal. Fewer examples than prototypes cannot fill them:
     give such a batch a queue of earlier examples.
 
     This is the published mean over the predictions of every view from every other. The
@@ -296,6 +297,9 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
         rows = jnp.ones_like(kernel[:, 0])
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         plan = plan * prototypes(rows)
+    # Rows of which the largest entry is 1: the derivative of the division squares sums,
+    # which would leave the range of exponents. The result does not depend on the scale.
+    plan = plan / lax.stop_gradient(jnp.max(plan, axis=1, keepdims=True))
     return plan / jnp.sum(plan, axis=1, keepdims=True)
 
 

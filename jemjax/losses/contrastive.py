@@ -58,20 +58,22 @@ def nt_xent(
         Chen, Kornblith, Norouzi, Hinton, 2020, SimCLR (arXiv:2002.05709), equation 1.
     """
     rows = check_embeddings(axis_name, x=x, y=y)
-    temperature = check_number("temperature", temperature, exclusive=True)
+    temperature = check_number(
+        "temperature", temperature, exclusive=True, dtype=rows[0].dtype
+    )
     u = numerics.normalize_rows(rows[0], x.dtype)
     v = numerics.normalize_rows(rows[1], y.dtype)
-    positive = jnp.sum(u * v, axis=1)  # (N,)
-    keys = jnp.concatenate([gather(u, axis_name), gather(v, axis_name)])  # (2N_g, D)
-    own = first_row(u, axis_name) + jnp.arange(u.shape[0])  # (N,)
+    both = gather(jnp.concatenate([u, v], axis=1), axis_name)  # (N_global, 2D)
+    keys = jnp.concatenate(jnp.split(both, 2, axis=1))  # (2N_global, D)
+    first = _own_columns(u, keys.shape[0], axis_name)  # (N, 2N_global)
+    second = jnp.roll(first, both.shape[0], axis=1)
 
-    def of_anchors(anchors, own):
+    def of_anchors(anchors, itself, other):
         cosines = row_products(anchors, keys)  # (N, 2N_global)
-        itself = jnp.arange(keys.shape[0]) == own[:, None]
-        cosines = jnp.where(itself, -jnp.inf, cosines)
-        return _negative_log_share(positive, cosines, temperature)
+        positive = _entry(cosines, other)
+        return _negative_log_share(positive, cosines, temperature, itself)
 
-    both = of_anchors(u, own) + of_anchors(v, own + keys.shape[0] // 2)  # (N,)
+    both = of_anchors(u, first, second) + of_anchors(v, second, first)  # (N,)
     return batch_mean(0.5 * both, axis_name)
 
 
@@ -115,13 +117,15 @@ def info_nce(
     if queue is not None:
         arrays["queue"] = (queue, "QD")
     q, k, *queues = check_arrays(axis_name, min_batch=2, **arrays)
-    temperature = check_number("temperature", temperature, exclusive=True)
+    temperature = check_number(
+        "temperature", temperature, exclusive=True, dtype=q.dtype
+    )
     if check_flag("stop_gradient", stop_gradient):
         k = lax.stop_gradient(k)
     q = numerics.normalize_rows(q, query.dtype)
     k = numerics.normalize_rows(k, key.dtype)
-    positive = jnp.sum(q * k, axis=1)  # (N,)
     if queues:
+        positive = jnp.sum(q * k, axis=1)  # (N,)
         earlier = gather(lax.stop_gradient(queues[0]), None)
         cosines = row_products(q, earlier)  # (N, Q)
         # A product of -inf would be a share of 0, and so be hidden.
@@ -129,13 +133,33 @@ def info_nce(
         cosines = jnp.concatenate([positive[:, None], cosines], axis=1)  # (N, 1 + Q)
     else:
         cosines = row_products(q, gather(k, axis_name))  # (N, N_global)
+        own = _own_columns(q, cosines.shape[1], axis_name)
+        positive = _entry(cosines, own)
     return batch_mean(_negative_log_share(positive, cosines, temperature), axis_name)
 
 
-def _negative_log_share(positive, cosines, temperature):
-    """-log(exp(positive / T) / sum_m exp(cosines_m / T)): (N,), (N, M) -> (N,)."""
+def _own_columns(x, columns, axis_name):
+    """Where the rows of a shard are among those of the global batch: (N, columns)."""
+    rows = first_row(x, axis_name) + jnp.arange(x.shape[0], dtype=jnp.int32)
+    return jnp.arange(columns, dtype=jnp.int32) == rows[:, None]
+
+
+def _entry(cosines, where):
+    """The one entry of each row: (N, M), (N, M) -> (N,)."""
+    # Not computed another way, which would round differently: the positive would not
+    # be a part of the sum, and the loss could become negative.
+    return jnp.sum(jnp.where(where, cosines, 0.0), axis=1)
+
+
+def _negative_log_share(positive, cosines, temperature, excluded=False):
+    """-log(exp(positive / T) / sum_m exp(cosines_m / T)): (N,), (N, M) -> (N,).
+
+    The sum is without the `excluded`.
+    """
     # Shifted by the largest, the sum is at least 1 at any temperature.
-    largest = lax.stop_gradient(jnp.max(cosines, axis=1))
-    shifted = (cosines - largest[:, None]) / temperature
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=1))
-    return (largest - positive) / temperature + log_sum
+    others = jnp.where(excluded, -jnp.inf, lax.stop_gradient(cosines))
+    largest = jnp.max(others, axis=1)
+    # Zero, because minus infinity would make the temperature's gradient NaN.
+    shifted = jnp.where(excluded, 0.0, cosines - largest[:, None]) / temperature
+    shares = jnp.where(excluded, 0.0, jnp.exp(shifted))
+    return (largest - positive) / temperature + jnp.log(jnp.sum(shares, axis=1))

@@ -40,7 +40,7 @@ def cross_entropy(
         teacher_logits: (N, K).
         student_temperature: > 0.
         teacher_temperature: > 0.
-        stop_gradient: whether the teacher's logits are constants.
+        stop_gradient: whether the teacher's logits and temperature are constants.
         axis_name: the mapped axis (or axes) over which the batch is sharded.
 
     Returns:
@@ -60,13 +60,13 @@ def cross_entropy(
         teacher_logits=(teacher_logits, "NK"),
     )
     student_temperature = check_number(
-        "student_temperature", student_temperature, exclusive=True
+        "student_temperature", student_temperature, exclusive=True, dtype=student.dtype
     )
     teacher_temperature = check_number(
-        "teacher_temperature", teacher_temperature, exclusive=True
+        "teacher_temperature", teacher_temperature, exclusive=True, dtype=student.dtype
     )
     if check_flag("stop_gradient", stop_gradient):
-        teacher = lax.stop_gradient(teacher)
+        teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
     targets = _softmax(teacher, teacher_temperature)
     return batch_mean(_entropy(student, targets, 1, student_temperature), axis_name)
 
@@ -98,7 +98,7 @@ def dino(
         center: (K,), a constant, whole on every shard.
         student_temperature: > 0.
         teacher_temperature: > 0.
-        stop_gradient: whether the teacher's logits are constants.
+        stop_gradient: whether the teacher's logits and temperature are constants.
         axis_name: the mapped axis (or axes) over which the batch is sharded.
 
     Returns:
@@ -118,10 +118,10 @@ def dino(
         center=(center, "K"),
     )
     student_temperature = check_number(
-        "student_temperature", student_temperature, exclusive=True
+        "student_temperature", student_temperature, exclusive=True, dtype=student.dtype
     )
     teacher_temperature = check_number(
-        "teacher_temperature", teacher_temperature, exclusive=True
+        "teacher_temperature", teacher_temperature, exclusive=True, dtype=student.dtype
     )
     views, teacher_views = student.shape[0], teacher.shape[0]
     if views < max(2, teacher_views):
@@ -130,7 +130,7 @@ def dino(
             f" {teacher_views} of teacher_logits"
         )
     if check_flag("stop_gradient", stop_gradient):
-        teacher = lax.stop_gradient(teacher)
+        teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
     teacher = teacher - lax.stop_gradient(center)
     targets = _softmax(teacher, teacher_temperature)  # (G, N, K)
     # Of each view the other views' targets: added, not subtracted from those of all the
@@ -187,9 +187,10 @@ def update_center(
         center=(center, "K"),
         teacher_logits=(teacher_logits, "GNK"),
     )
-    momentum = check_number("momentum", momentum, maximum=1.0)
+    momentum = check_number("momentum", momentum, maximum=1.0, dtype=center.dtype)
     center, teacher = lax.stop_gradient((center, teacher))
-    mean = batch_mean(jnp.mean(teacher, axis=0), axis_name)  # (K,)
+    teacher = jnp.sum(teacher * (1.0 / teacher.shape[0]), axis=0)  # (N, K)
+    mean = batch_mean(teacher, axis_name)  # (K,)
     return momentum * center + (1.0 - momentum) * mean
 
 
@@ -209,6 +210,7 @@ def _entropy(logits, targets, total, temperature):
     lets the logits be shifted by their largest, which bounds both parts below.
     """
     largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    shifted = (logits - largest) / temperature
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
-    return total * log_sum - jnp.sum(targets * shifted, axis=-1)
+    shifted = logits - largest
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted / temperature), axis=-1))
+    # Divided last: a quotient may overflow, and with a target of 0 become NaN.
+    return total * log_sum - jnp.sum(targets * shifted, axis=-1) / temperature

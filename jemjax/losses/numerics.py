@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jemjax.losses.collectives import AxisName, batch_size, batch_sum, pmax
+from jemjax.losses.collectives import AxisName, batch_mean, pmax
 
 
 def center(x: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -27,8 +27,7 @@ def center(x: jax.Array, axis_name: AxisName) -> jax.Array:
     quarter = 0.25 * x
     shift = pmax(jnp.max(quarter, axis=0), axis_name)  # (...)
     shifted = quarter - shift
-    mean = batch_sum(shifted * (1.0 / batch_size(x, axis_name)), axis_name)
-    return 4.0 * (shifted - mean)
+    return 4.0 * (shifted - batch_mean(shifted, axis_name))
 
 
 def std(variance: jax.Array, eps: jax.Array | float) -> jax.Array:
@@ -62,9 +61,7 @@ def standardize(x: jax.Array, eps: jax.Array | float, axis_name: AxisName) -> ja
     # The result does not depend on this scale, so it is a constant.
     scale = jnp.maximum(pmax(jnp.max(jnp.abs(centered), axis=0), axis_name), 1.0)
     scaled = centered / scale
-    variance = batch_sum(
-        jnp.square(scaled) * (1.0 / batch_size(x, axis_name)), axis_name
-    )
+    variance = batch_mean(jnp.square(scaled), axis_name)
     return scaled / std(variance, eps / scale / scale)
 
 

@@ -38,7 +38,9 @@ def byol(
     1/N sum_n ||p_n / |p_n| - t_n / |t_n|||^2 = 1/N sum_n (2 - 2 cos(p_n, t_n))
 
     One direction. BYOL's code adds the two directions, without 1/2, so its loss is in
-    [0, 8]. Identical embeddings of all images have the value 0.
+    [0, 8]. Identical embeddings of all images have the value 0. Rows of zeros, and those
+    shorter than 1e-6 (1e-3 for float16), stay shorter than 1, as in the official code:
+    one such row alone has the value 1, not 2.
 
     Args:
         prediction: (N, D) predictor's outputs for one view.
@@ -175,7 +177,7 @@ def smooth_l1(
     prediction, target = check_arrays(
         axis_name, prediction=(prediction, "NTD"), target=(target, "NTD")
     )
-    beta = check_number("beta", beta)
+    beta = check_number("beta", beta, dtype=prediction.dtype)
     if check_flag("stop_gradient", stop_gradient):
         target = lax.stop_gradient(target)
     difference = prediction - target
@@ -234,6 +236,6 @@ def _huber(difference, beta, weight):
         # Divided before the square: it overflows only where the result does.
         return jnp.square(difference * jnp.sqrt(weight))
     # One expression for both pieces, so that no square of a large difference arises:
-    # its derivative is clipped / beta on either side.
-    clipped = jnp.clip(difference, -beta, beta)
-    return clipped / beta * (difference - 0.5 * clipped) * weight
+    # its derivative is the slope on either side.
+    slope = jnp.clip(difference / beta, -1.0, 1.0)
+    return slope * (difference - 0.5 * beta * slope) * weight

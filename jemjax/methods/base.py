@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from jemjax.augment import ViewRecipe
-from jemjax.losses.collectives import AxisName
+from jemjax.losses.collectives import AxisName, batch_size, batch_sum
 from jemjax.models import JointEmbedding, MLPHead, Outputs
 from jemjax.targets import cosine, linear
 
@@ -128,7 +129,8 @@ class Method(abc.ABC):
     """A method: a frozen dataclass of its hyper-parameters with the five answers."""
 
     name: ClassVar[str]
-    # Views of one size pass the network as one batch, and share batch statistics.
+    # Views of one size pass the backbone as one batch, and all of them the heads: they
+    # share batch statistics.
     views_together: ClassVar[bool] = False
     # Numbers of the views that each branch sees; None: all, or all of the first's size.
     online_views: ClassVar[tuple[int, ...] | None] = None
@@ -171,7 +173,7 @@ class Method(abc.ABC):
         """(N, features) -> (N, widths[-1])."""
         return MLPHead(widths, output_bias=False)
 
-    def make_predictor(self, widths: tuple[int, ...]) -> nn.Module:
+    def make_predictor(self, widths: tuple[int, ...], backbone: nn.Module) -> nn.Module:
         """(N, D) -> (N, widths[-1] = D)."""
         return MLPHead(widths, output_bias=False)
 
@@ -180,14 +182,14 @@ class Method(abc.ABC):
         return None
 
     def network(self, backbone: nn.Module) -> nn.Module:
-        """The whole of it: `__call__` gives `Outputs`, `features` what is kept."""
+        """The whole of it, which makes `Outputs` of a view."""
         width, projector, predictor = backbone.num_features, None, None  # type: ignore[attr-defined]
         assert self.projector is not None and self.predictor is not None
         if self.projector != "none":
             projector = self.make_projector(self.projector)
             width = self.projector[-1]
         if self.predictor != "none":
-            predictor = self.make_predictor((*self.predictor, width))
+            predictor = self.make_predictor((*self.predictor, width), backbone)
         return JointEmbedding(backbone, projector, predictor, self.make_prototypes())
 
     # What is the other branch?
@@ -223,6 +225,12 @@ class Method(abc.ABC):
             memory: what `recall` gives.
             axis_name: the mapped axis (or axes) over which the batch is sharded.
         """
+
+    def cluster_scores(
+        self, scores: jax.Array, loss_state: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """(N, K) scores -> those of which the largest is an image's cluster."""
+        return scores
 
     # What does the loss remember? Nothing, unless a method says otherwise.
     def init_loss_state(self, key: jax.Array, outputs: Outputs) -> dict[str, jax.Array]:
@@ -273,13 +281,11 @@ class Method(abc.ABC):
         A queue is at most as long as the data, of which it would hold copies, and a
         multiple of the batch, which replaces a part of it.
         """
-        hyper = {
-            "projector": "none",
-            "predictor": "none",
-            "target_momentum": 0.996,
-            "final_target_momentum": 1.0,
-        }
+        hyper: dict[str, Any] = {"projector": "none", "predictor": "none"}
+        hyper |= {"target_momentum": 0.996, "final_target_momentum": 1.0}
         hyper |= self.defaults(image_size).hyper
+        if self.target != "momentum":
+            hyper = {k: v for k, v in hyper.items() if "target_momentum" not in k}
         missing = {k: v for k, v in hyper.items() if getattr(self, k) is None}
         if missing.get("queue_length"):
             batches = min(missing["queue_length"], examples) // batch_size
@@ -290,12 +296,14 @@ class Method(abc.ABC):
         """What is wrong with the fields' values, each in a sentence."""
         problems = []
         for name in ("target_momentum", "final_target_momentum"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and self.target != "momentum":
                 problems.append(
-                    f"--{name.replace('_', '-')}: got {value}, expected a number in"
-                    " [0, 1]"
+                    f"{flag}: got {value}, but with --target {self.target} there is no"
+                    " moving average"
                 )
+            elif value is not None and not 0 <= value <= 1:
+                problems.append(f"{flag}: got {value}, expected a number in [0, 1]")
         for name in ("projector", "predictor"):
             widths = getattr(self, name)
             if isinstance(widths, tuple) and any(width < 1 for width in widths):
@@ -315,13 +323,24 @@ def both_ways(
 ) -> Any:
     """Compares each of two views with the other: the mean of the two directions.
 
-    Where both branches are one and the same, that is one comparison of the two views.
+    Without a target both branches are one and the same, and of a comparison that is
+    symmetric one direction is enough.
     """
     x, y = online
     if target is None:
         return compare(x, y)
     of_x, of_y = target
     return jax.tree.map(lambda a, b: 0.5 * (a + b), compare(x, of_y), compare(y, of_x))
+
+
+def perplexity_of_clusters(scores: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Over how many prototypes a batch is spread: (N, K) -> scalar, 1 if over one.
+
+    exp of the entropy of the shares of examples that are nearest to each prototype.
+    """
+    nearest = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+    share = batch_sum(nearest, axis_name) / batch_size(scores, axis_name)  # (K,)
+    return jnp.exp(-jnp.sum(share * jnp.log(jnp.where(share > 0, share, 1.0))))
 
 
 def queue_problems(length: int | None, batch_size: int) -> list[str]:

@@ -62,7 +62,7 @@ class Data2Vec(Method):
 
     # What embeds a view? The backbone, patch by patch; there is no projector, since the
     # backbone's own layers are what is predicted. The predictor is a linear layer.
-    def make_predictor(self, widths: tuple[int, ...]) -> nn.Module:
+    def make_predictor(self, widths: tuple[int, ...], backbone: nn.Module) -> nn.Module:
         """Linear, with GELU layers before it if there are any."""
         return MLPHead(
             widths, hidden_norm=False, activation="gelu", kernel_init="truncated_normal"
@@ -74,7 +74,7 @@ class Data2Vec(Method):
         predictor = None
         if self.predictor != "none":
             width = backbone.num_features  # type: ignore[attr-defined]
-            predictor = self.make_predictor((*self.predictor, width))
+            predictor = self.make_predictor((*self.predictor, width), backbone)
         return MaskedPrediction(backbone, predictor, self.top_layers)
 
     # What is the other branch? A moving average of the whole backbone, which sees the

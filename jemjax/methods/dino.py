@@ -24,6 +24,7 @@ from jemjax.methods.base import (
     Method,
     Optimization,
     Target,
+    perplexity_of_clusters,
     small_images,
 )
 from jemjax.models import MLPHead, Prototypes
@@ -109,7 +110,11 @@ class DINO(Method):
             stop_gradient=self.stop_gradient,
             axis_name=axis_name,
         )
-        return loss, {}
+        return loss, {"prototypes": perplexity_of_clusters(student[0], axis_name)}
+
+    def cluster_scores(self, scores, loss_state):
+        """An image's cluster is the target's largest output, which is centered."""
+        return scores - loss_state["center"]
 
     # What does the loss remember? The mean of the target's logits.
     def init_loss_state(self, key, outputs):
@@ -136,16 +141,35 @@ class DINO(Method):
             )
         }
 
+    def problems(self, batch_size):
+        """What is wrong with the fields' values, each in a sentence."""
+        problems = super().problems(batch_size)
+        for name in ("student", "teacher", "warmup_teacher"):
+            value = getattr(self, f"{name}_temperature")
+            if not 0 < value < float("inf"):
+                problems.append(
+                    f"--{name.replace('_', '-')}-temperature: got {value}, expected a"
+                    " finite number > 0"
+                )
+        if self.warmup_teacher_epochs < 0:
+            problems.append(
+                f"--warmup-teacher-epochs: got {self.warmup_teacher_epochs}, expected"
+                " at least 0"
+            )
+        return problems
+
     def defaults(self, image_size: int) -> Defaults:
         """100 epochs of ViT-S/16 with AdamW, or a network that laptops train."""
         if image_size <= SMALL_IMAGE:
             return small_images(
                 {
                     "projector": (512, 512, 128),
-                    "num_prototypes": 1024,
-                    "target_momentum": 0.99,
+                    "num_prototypes": 512,
+                    "target_momentum": 0.996,
                     "local_views": 0,
-                }
+                },
+                # Without batch normalization in its head it takes no larger rate.
+                optimization=Optimization("adamw", 2e-3, 1e-4, 0.5, 1e-3),
             )
         return Defaults(
             backbone="vit-small",

@@ -9,7 +9,7 @@ consistent with one another.
 Keys of one batch share their batch statistics with the queries, which those of the
 queue do not. The official code hides that by shuffling examples between devices, each
 of which normalizes its own; here statistics are those of the global batch, so no
-example is recognized by its device's, and nothing is shuffled.
+example of a batch is recognized by its device's, and nothing is shuffled.
 
 Chen, Fan, Girshick, He, 2020, MoCo v2 (arXiv:2003.04297); He et al., 2020
 (arXiv:1911.05722).
@@ -102,6 +102,15 @@ class MoCo(Method):
                 "--queue-length: got 0, expected some; moco-v3 has no queue"
             )
         return problems + queue_problems(self.queue_length, batch_size)
+
+    def resolve(self, image_size, batch_size, examples):
+        """A momentum that is given alone is constant, as the published one."""
+        method = self
+        if self.final_target_momentum is None and self.target_momentum is not None:
+            method = dataclasses.replace(
+                self, final_target_momentum=self.target_momentum
+            )
+        return super(MoCo, method).resolve(image_size, batch_size, examples)
 
     def defaults(self, image_size: int) -> Defaults:
         """200 epochs of ResNet-50 with SGD, or a network that laptops train."""

@@ -24,7 +24,7 @@ from jemjax.methods.base import (
     both_ways,
     small_images,
 )
-from jemjax.models import MLPHead
+from jemjax.models import MLPHead, ViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,14 @@ class MoCoV3(Method):
             widths, hidden_bias=False, output_bias=False, output_norm="plain"
         )
 
-    def make_predictor(self, widths: tuple[int, ...]) -> nn.Module:
-        """As the projector."""
-        return self.make_projector(widths)
+    def make_predictor(self, widths: tuple[int, ...], backbone: nn.Module) -> nn.Module:
+        """As the projector, but for convolutional networks without the last norm."""
+        return MLPHead(
+            widths,
+            hidden_bias=False,
+            output_bias=False,
+            output_norm="plain" if isinstance(backbone, ViT) else None,
+        )
 
     # What is the other branch? A moving average, with momentum from 0.99 to 1, which is
     # updated before it is used: with the next step's momentum after this one.
@@ -77,7 +82,8 @@ class MoCoV3(Method):
                 axis_name=axis_name,
             ),
             online,
-            target,
+            # A query and a key play different parts, also where both are one branch.
+            target or online,
         )
         return 4.0 * self.temperature * mean, {}
 
@@ -95,7 +101,7 @@ class MoCoV3(Method):
             backbone="vit-small",
             batch_size=4096,
             epochs=300,
-            optimization=Optimization("adamw", 1.5e-4, 0.1, 40.0, 0.0),
+            optimization=Optimization("adamw", 1.5e-4, 0.1, 40.0, 0.0, decay_all=True),
             hyper={
                 "projector": (4096, 4096, 256),
                 "predictor": (4096,),

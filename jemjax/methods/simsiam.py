@@ -56,7 +56,7 @@ class SimSiam(Method):
             widths, hidden_bias=False, output_bias=False, output_norm="plain"
         )
 
-    def make_predictor(self, widths: tuple[int, ...]) -> nn.Module:
+    def make_predictor(self, widths: tuple[int, ...], backbone: nn.Module) -> nn.Module:
         """Linear, BatchNorm, ReLU, Linear with bias."""
         return MLPHead(widths, hidden_bias=False)
 

@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 from jemjax.augment import ViewRecipe, swav_imagenet, swav_small
 from jemjax.losses.clustering import assign, swapped_cross_entropy
-from jemjax.losses.collectives import batch_size, batch_sum
 from jemjax.methods.base import (
     SMALL_IMAGE,
     Defaults,
     Method,
     Optimization,
     Target,
+    perplexity_of_clusters,
     queue_problems,
     small_images,
 )
@@ -118,10 +118,7 @@ class SwAV(Method):
         loss = swapped_cross_entropy(
             scores, assigned, temperature=self.temperature, axis_name=axis_name
         )
-        share = batch_sum(assigned[0], axis_name) / batch_size(assigned[0], axis_name)
-        entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-30)))
-        # How many prototypes the batch is spread over.
-        return loss, {"prototypes": lax.stop_gradient(jnp.exp(entropy))}
+        return loss, {"prototypes": perplexity_of_clusters(scores[0], axis_name)}
 
     # What does the loss remember? The embeddings of the last batches, of each large
     # view, scored by the present prototypes.
@@ -149,9 +146,7 @@ class SwAV(Method):
             return {}
         assert self.queue_start is not None
         queue = loss_state["queue"]
-        new = jnp.stack(
-            [normalize_rows(out.embedding) for out in (target or online)[:2]]
-        )
+        new = jnp.stack([normalize_rows(outputs.embedding) for outputs in target[:2]])
         moved = jnp.concatenate([new, queue[:, : -new.shape[1]]], axis=1)  # (2, L, D)
         return {"queue": jnp.where(clock.epoch >= self.queue_start, moved, queue)}
 
@@ -166,11 +161,12 @@ class SwAV(Method):
             return small_images(
                 {
                     "projector": (512, 128),
-                    "num_prototypes": 300,
+                    "num_prototypes": 100,  # fewer than a batch, which they share
                     "queue_length": 1920,
                     "queue_start": 2,
                     "local_views": 0,
-                }
+                },
+                optimization=Optimization("adamw", 2e-3, 1e-4, 0.5, 1e-3),
             )
         return Defaults(
             backbone="resnet50",

@@ -13,6 +13,8 @@ Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906).
 import dataclasses
 from typing import ClassVar
 
+from flax import linen as nn
+
 from jemjax import losses
 from jemjax.augment import ViewRecipe, vicreg_imagenet, vicreg_small
 from jemjax.losses.checks import check_number
@@ -24,6 +26,7 @@ from jemjax.methods.base import (
     both_ways,
     small_images,
 )
+from jemjax.models import expander
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,10 @@ class VICReg(Method):
         return vicreg_imagenet(image_size)
 
     # What embeds a view? The backbone, then an expander to many dimensions, in which
-    # decorrelation also removes dependencies that are not linear in the features. Its
-    # layers are those of every method: biases but for the output, which has no norm.
+    # decorrelation also removes dependencies that are not linear in the features.
+    def make_projector(self, widths: tuple[int, ...]) -> nn.Module:
+        """The expander: Linear, BatchNorm, ReLU, and a last Linear without bias."""
+        return expander(widths)
 
     # What is the other branch? The same network with the same weights, and gradients
     # through both. What compares the branches? This loss, which remembers nothing.

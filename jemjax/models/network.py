@@ -61,7 +61,11 @@ class JointEmbedding(nn.Module):
             num_kept: drop masked tokens instead, of which this many are left.
             predict: whether this is the online branch, which has the predictor.
         """
-        features = self._features(images, train, mask, num_kept)
+        features = self.embed(images, train=train, mask=mask, num_kept=num_kept)
+        return self.heads(features, train=train, predict=predict)
+
+    def heads(self, features: jax.Array, *, train: bool, predict: bool) -> Outputs:
+        """(N, features) -> `Outputs`, with the predictor in the online branch."""
         embedding = features.astype(jnp.float32)
         if self.projector is not None:
             embedding = self.projector(features, train=train)
@@ -71,7 +75,15 @@ class JointEmbedding(nn.Module):
             prediction = self._scores(self.predictor(embedding, train=train))
         return Outputs(features, embedding, prediction, target)
 
-    def _features(self, images, train, mask, num_kept):
+    def embed(
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        mask: jax.Array | None = None,
+        num_kept: int | None = None,
+    ) -> jax.Array:
+        """(N, H, W, C) images -> (N, features), arguments as of `__call__`."""
         if mask is not None and isinstance(self.backbone, ViT):
             return self.backbone(images, train=train, mask=mask, num_kept=num_kept)
         if num_kept is not None:
@@ -87,10 +99,6 @@ class JointEmbedding(nn.Module):
     def scores(self, embedding: jax.Array) -> jax.Array:
         """(N, D) embeddings -> (N, K) scores by the prototypes."""
         return self._scores(embedding)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """(N, H, W, C) images -> (N, features), in evaluation mode: what is kept."""
-        return self.backbone(images, train=False)
 
 
 class MaskedPrediction(nn.Module):
@@ -135,10 +143,6 @@ class MaskedPrediction(nn.Module):
             tokens = self.predictor(tokens, train=train)
         target = jnp.moveaxis(layers[-self.top_layers :], 0, 1)  # (N, L, T, D)
         return Outputs(features, features, MaskedTokens(tokens, mask), target)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """(N, H, W, C) images -> (N, features), in evaluation mode: what is kept."""
-        return self.backbone(images, train=False)
 
 
 def _fill(images: jax.Array, mask: jax.Array | None) -> jax.Array:

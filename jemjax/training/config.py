@@ -108,7 +108,7 @@ class OptimizerOptions:
     bias_rate: float | None = None
     """of the learning rate, for biases and normalization parameters"""
     clip_norm: float | None = None
-    """largest norm of a gradient"""
+    """largest norm of a gradient; 0: any"""
     clip_each: bool | None = None
     """whether each parameter's gradient is clipped by itself, or all together"""
 
@@ -134,6 +134,8 @@ class PretrainConfig:
     """of a transformer, in pixels; unless given, by image size"""
     drop_path: float | None = None
     """of a transformer, the share of blocks' branches that the online branch drops"""
+    layer_scale: float | None = None
+    """of a transformer, the factor that each block's branches start with, if any"""
     image_size: int | None = None
     """height and width of a view in pixels; unless given, the images' own up to 64,
     else 224"""
@@ -202,6 +204,9 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
     drop_path = config.drop_path
     if drop_path is None:
         drop_path = defaults.drop_path if backbone.startswith("vit") else 0.0
+    layer_scale = config.layer_scale
+    if layer_scale is None and backbone.startswith("vit"):
+        layer_scale = defaults.layer_scale
     tenth = max(1, steps // 10)
     eval_every = tenth if config.eval_every is None else config.eval_every
     checkpoint_every = config.checkpoint_every
@@ -213,6 +218,7 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
         eval_data=config.eval_data or config.data,
         backbone=backbone,
         drop_path=drop_path,
+        layer_scale=layer_scale,
         image_size=image_size,
         steps=steps,
         epochs=round(steps * batch_size / len(source), 3),
@@ -261,7 +267,8 @@ def _resolve_optimizer(
 
 
 def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
-    if given.steps is not None and given.epochs is not None:
+    # A run's own file has both, and they agree.
+    if given.steps is not None and given.epochs not in (None, config.epochs):
         yield "--steps and --epochs exclude each other: give one of them"
     for name in ("steps", "batch_size", "image_size", "eval_examples", "log_every"):
         if getattr(config, name) < 1:

@@ -16,6 +16,7 @@ from jemjax.augment import ViewRecipe, evaluation_view
 from jemjax.data import Source, spread
 from jemjax.methods import Method
 from jemjax.training.mesh import to_devices
+from jemjax.training.state import TrainState
 
 BATCH_SIZE = 512
 # Threads that decode images, each a batch ahead.
@@ -121,39 +122,45 @@ class Embedder:
     ):
         prototypes: Any = method.make_prototypes()
         self.num_prototypes: int = prototypes.num_prototypes if prototypes else 0
-        self._mesh = mesh
+        self._method, self._mesh = method, mesh
         self._batch_size = math.ceil(BATCH_SIZE / mesh.size) * mesh.size
 
         @jax.jit
-        def outputs(variables, images):
+        def outputs(variables, loss_state, images):
             made: Any = network.apply(
                 variables, evaluation_view(images, recipe), train=False, predict=False
             )
-            scores = [made.target] if prototypes else []
-            return made.features, made.embedding, *scores
+            if not prototypes:
+                return made.features, made.embedding
+            scores = method.cluster_scores(made.target, loss_state)
+            return made.features, made.embedding, scores
 
         self._compiled = outputs
 
-    def embed(self, variables: Any, images: np.ndarray) -> Made:
+    def embed(self, state: TrainState, images: np.ndarray) -> Made:
         """Makes features, embeddings and clusters.
 
         Args:
-            variables: of the network, as `TrainState.measured` gives them.
+            state: of the run.
             images: (n, H, W, C) uint8, at most a batch.
         """
-        features, embedding, *scores = self._outputs(variables, images)
+        features, embedding, *scores = self._outputs(state, images)
         return Made(features, embedding, *[np.argmax(s, axis=1) for s in scores])
 
-    def scores(self, variables: Any, images: np.ndarray) -> np.ndarray:
+    def scores(self, state: TrainState, images: np.ndarray) -> np.ndarray:
         """(n, H, W, C) uint8 images, any number -> (n, K) scores by the prototypes."""
         starts = range(0, len(images), self._batch_size)
         parts = [images[start : start + self._batch_size] for start in starts]
-        return np.concatenate([self._outputs(variables, part)[2] for part in parts])
+        return np.concatenate([self._outputs(state, part)[2] for part in parts])
 
-    def _outputs(self, variables: Any, images: np.ndarray) -> list[np.ndarray]:
+    def _outputs(self, state: TrainState, images: np.ndarray) -> list[np.ndarray]:
         missing = self._batch_size - len(images)
         padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        made = self._compiled(variables, to_devices(padded, self._mesh))
+        made = self._compiled(
+            state.measured(self._method),
+            state.loss_state,
+            to_devices(padded, self._mesh),
+        )
         return [np.asarray(array)[: len(images)] for array in made]
 
 

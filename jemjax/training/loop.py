@@ -97,13 +97,15 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
             patch_size=config.patch_size,
             drop_path=config.drop_path or 0.0,
             pooling=method.pooling,
-            layer_scale=method.defaults(config.image_size).layer_scale,
+            layer_scale=config.layer_scale,
         )
         network = method.network(backbone)
         recipe = config.views.apply(method.views(config.image_size))
         steps_per_epoch = len(source) / config.batch_size
+        options = dataclasses.asdict(config.optimizer)
+        options["clip_norm"] = options["clip_norm"] or None
         optimizer, schedule = make_optimizer(
-            Optimization(**dataclasses.asdict(config.optimizer)),
+            Optimization(**options),
             batch_size=config.batch_size,
             total_steps=config.steps,
             steps_per_epoch=steps_per_epoch,
@@ -176,12 +178,12 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         "method": config.method.name,
         "data": config.data,
         **measure(
-            final.measured(config.method),
-            untrained.measured(config.method),
+            final,
+            untrained,
             examples,
             embedder,
             run.recipe,
-            folder,
+            folder / "clusters.csv",
             display.say,
         ),
         "steps": config.steps,
@@ -268,9 +270,8 @@ def _train(
                 } | {k: v for k, v in shown.items() if k == "kNN"}
                 display.step(step, total, shown)
             if _due(step, config.eval_every) and step < total:
-                variables = state.measured(config.method)
                 embedded = embed_examples(
-                    monitor, functools.partial(embedder.embed, variables)
+                    monitor, functools.partial(embedder.embed, state)
                 )
                 assert embedded.test.embedding is not None
                 figures = measure_collapse(embedded.test.embedding)
@@ -415,12 +416,12 @@ def evaluate(
         "eval_data": eval_data,
         "step": int(state.step),
         **measure(
-            state.measured(config.method),
-            untrained.measured(config.method),
+            state,
+            untrained,
             choose_examples(source, test, config.final_examples),
             Embedder(config.method, run.network, run.recipe, run.mesh),
             run.recipe,
-            folder,
+            folder / "evaluation_clusters.csv",
             display.say,
         ),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,9 +16,9 @@ from jemjax.evaluation import (
     alpha_req,
     cluster_accuracy,
     effective_rank,
+    few_label_cluster_accuracy,
     few_labels,
     knn_accuracy,
-    label_clusters,
     linear_probe,
     name_collapse,
     normalized_mutual_information,
@@ -32,6 +33,8 @@ from jemjax.training.features import (
     embed_examples,
     make_pixels,
 )
+from jemjax.training.metrics import replacing
+from jemjax.training.state import TrainState
 
 # Labelled images a class where labels are few.
 FEW_LABELS = 10
@@ -112,19 +115,24 @@ def measure_clusters(
     if not embedded.num_classes:
         return figures
     fit = MAX_SCORES // (num_prototypes * embedded.num_classes)
+    per_class = min(FEW_LABELS, max(1, fit))
     few = []
     for draw in range(FEW_LABEL_DRAWS):
-        chosen = few_labels(embedded.train_labels, min(FEW_LABELS, max(1, fit)), draw)
+        chosen = few_labels(embedded.train_labels, per_class, draw)
         images = examples.train.gather(examples.train_indices[chosen])["image"]
-        names = label_clusters(scores(images), embedded.train_labels[chosen])
-        few.append(np.mean(names[clusters] == labels))
+        few.append(
+            few_label_cluster_accuracy(
+                scores(images), embedded.train_labels[chosen], clusters, labels
+            )
+        )
     return {
         **figures,
         "normalized_mutual_information": normalized_mutual_information(
             clusters, labels
         ),
         "hungarian_accuracy": cluster_accuracy(clusters, labels),
-        "accuracy_10_labels": float(np.mean(few)),
+        "labels_per_class": per_class,
+        "few_label_accuracy": float(np.mean(few)),
     }
 
 
@@ -146,12 +154,12 @@ def measure_collapse(embeddings: np.ndarray) -> dict[str, Any]:
 
 
 def measure(
-    trained: Any,
-    untrained: Any,
+    trained: TrainState,
+    untrained: TrainState,
     examples: Examples,
     embedder: Embedder,
     recipe: ViewRecipe,
-    folder: Path,
+    clusters: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The final figures, by protocol: of the trained network and what it is beside.
@@ -159,12 +167,12 @@ def measure(
     That is the network as it began, and raw pixels.
 
     Args:
-        trained: variables of the network.
-        untrained: the same, as they began.
+        trained: the state of the run.
+        untrained: the same, as it began.
         examples: what to measure on.
         embedder: the network.
         recipe: how images reach it.
-        folder: of the run, where `clusters.csv` is written if there are prototypes.
+        clusters: the file for the prototype of each test image, if there are any.
         say: where progress is told.
 
     Returns:
@@ -186,7 +194,8 @@ def measure(
             results["collapse"] = measure_collapse(embedded.test.features)
             results["embedding_collapse"] = measure_collapse(embedded.test.embedding)
             if embedder.num_prototypes:
-                _write_clusters(folder / "clusters.csv", embedded, examples)
+                if jax.process_index() == 0:
+                    _write_clusters(clusters, embedded, examples)
                 results["clusters"] = measure_clusters(
                     embedded,
                     examples,
@@ -203,7 +212,7 @@ def _write_clusters(path: Path, embedded: Embedded, examples: Examples) -> None:
     """Which prototype each test image falls in, by its number in the data."""
     assert embedded.test.cluster is not None
     names = examples.test.class_names
-    with path.open("w", newline="") as file:
+    with replacing(path) as file:
         writer = csv.writer(file)
         writer.writerow(("image", "prototype", "label"))
         for index, cluster, label in zip(

@@ -1,11 +1,12 @@
 """What a run tells: metrics.jsonl for programs, one progress bar for people."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -58,8 +59,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file at once: a reader sees the old one or the new one."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A file to write, which takes the place of `path` once it is complete."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    with temporary.open("w", newline="") as file:
+        yield file
     os.replace(temporary, path)
 
 
@@ -179,8 +188,9 @@ class Display:
         if "hungarian_accuracy" in clusters:
             text += (
                 f", mutual information {clusters['normalized_mutual_information']:.3f},"
-                f" Hungarian accuracy {clusters['hungarian_accuracy']:.1%}, with 10"
-                f" labels a class {clusters['accuracy_10_labels']:.1%}"
+                f" Hungarian accuracy {clusters['hungarian_accuracy']:.1%}, with"
+                f" {clusters['labels_per_class']} labels a class"
+                f" {clusters['few_label_accuracy']:.1%}"
             )
         self.say(text)
 

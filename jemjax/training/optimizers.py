@@ -253,14 +253,17 @@ def make_optimizer(
     if optimization.final_weight_decay is not None:
         decay = cosine(decay, optimization.final_weight_decay, total_steps)
 
-    def group(constant, start):
+    # Groups are named by what they hold, not by numbers of steps: the structure of the
+    # state is then the same whatever the length of the data.
+    def group(constant, waiting):
+        start = starts.get(waiting, 0)
         # Behind `conditionally_mask` the count of steps begins at `start`.
         optimizer = _optimizer(
             optimization,
             peak if constant else _delayed(schedule, start),
             _delayed(decay, start),
         )
-        if start == 0:
+        if waiting is None:
             return optimizer
         return optax.conditionally_mask(optimizer, lambda step, **_: step >= start)
 
@@ -269,16 +272,16 @@ def make_optimizer(
         if any(_within(name, prefix) for prefix in frozen):
             return _FROZEN
         constant = any(_within(name, prefix) for prefix in constant_rate)
-        start = (steps for prefix, steps in starts.items() if _within(name, prefix))
-        return _label(constant, max(start, default=0))
+        waiting = [prefix for prefix in starts if _within(name, prefix)]
+        return _label(constant, max(waiting, key=starts.__getitem__, default=None))
 
     def labels(params):
         return jax.tree_util.tree_map_with_path(label, params)
 
     groups = {
-        _label(constant, start): group(constant, start)
+        _label(constant, waiting): group(constant, waiting)
         for constant in ((False, True) if constant_rate else (False,))
-        for start in sorted({0, *starts.values()})
+        for waiting in (None, *starts)
     }
     optimizer = optax.partition({**groups, _FROZEN: optax.set_to_zero()}, labels)
     if optimization.clip_norm is not None:
@@ -300,8 +303,9 @@ def _within(name, prefix):
     return f"{name}/".startswith(f"{prefix}/")
 
 
-def _label(constant, start):
-    return f"{'constant' if constant else 'scheduled'}-from-{start}"
+def _label(constant, waiting):
+    label = "constant" if constant else "scheduled"
+    return label if waiting is None else f"{label}-{waiting}"
 
 
 def _delayed(value, start):

@@ -74,8 +74,11 @@ def make_train_step(
                 params, state, views, masks, drop_key
             )
 
+            # What is remembered is of the target branch.
             def scores(embeddings) -> Any:
-                return network.apply({"params": params}, embeddings, method="scores")
+                averaged = method.target == "momentum"
+                of_branch = state.target_params if averaged else params
+                return network.apply({"params": of_branch}, embeddings, method="scores")
 
             memory = lax.stop_gradient(method.recall(state.loss_state, clock, scores))
             compared = None
@@ -147,7 +150,7 @@ class Branches:
             not self.separate
             and method.target == "shared"
             and getattr(network, "predictor", None) is None
-            and self.online_views[: recipe.num_global] == self.target_views
+            and self.online_views == self.target_views
         )
 
     def masks(
@@ -209,36 +212,47 @@ class Branches:
 
     def _forward(self, variables, views, numbers, masks, *, predict=True, rngs=None):
         """Outputs by the view's number, and the batch statistics after all of them."""
-        groups: list[list[int]] = [[number] for number in numbers]
-        if self.method.views_together:  # views of one size as one batch
-            sizes = [self.recipe.views[number].size for number in numbers]
-            groups = [
-                [n for n, other in zip(numbers, sizes, strict=True) if other == size]
-                for size in dict.fromkeys(sizes)
-            ]
-        outputs: dict[int, Outputs] = {}
-        for group in groups:
+
+        def apply(*arguments, **keywords):
+            nonlocal variables
+            made, updates = self.network.apply(
+                variables, *arguments, train=True, mutable=["batch_stats"], **keywords
+            )
+            updated = updates.get("batch_stats", {})
+            batch_stats = {
+                name: updated.get(name, old)
+                for name, old in variables["batch_stats"].items()
+            }
+            variables = {**variables, "batch_stats": batch_stats}
+            return made
+
+        def view(group, **keywords):
             # Side by side for each example, so that no example changes its device.
             images = _interleave([views[number] for number in group])
-            mask, num_kept = None, None
             if masks:
-                mask = _interleave([masks[number][0] for number in group])
-                num_kept = masks[group[0]][1]
-            together, updates = self.network.apply(
-                variables,
-                images,
-                train=True,
-                mask=mask,
-                num_kept=num_kept,
-                predict=predict,
-                mutable=["batch_stats"],
-                rngs=rngs,
-            )
-            batch_stats = {**variables["batch_stats"], **updates.get("batch_stats", {})}
-            variables = {**variables, "batch_stats": batch_stats}
-            for place, number in enumerate(group):
-                outputs[number] = _one_of(len(group), place, together)
-        return outputs, variables["batch_stats"]
+                keywords["mask"] = _interleave([masks[number][0] for number in group])
+                keywords["num_kept"] = masks[group[0]][1]
+            return apply(images, rngs=rngs and _of_view(rngs, group[0]), **keywords)
+
+        outputs: dict[int, Outputs] = {}
+        if not self.method.views_together:  # each with its own batch statistics
+            for number in numbers:
+                outputs[number] = view([number], predict=predict)
+            return outputs, variables["batch_stats"]
+        # Views of one size pass the backbone as one batch, and all of them the heads.
+        groups: dict[int, list[int]] = {}
+        for number in numbers:
+            groups.setdefault(self.recipe.views[number].size, []).append(number)
+        features: dict[int, jax.Array] = {}
+        for group in groups.values():
+            features |= _apart(group, view(group, method="embed"))
+        together = _interleave([features[number] for number in numbers])
+        made = apply(together, predict=predict, method="heads")
+        return _apart(numbers, made), variables["batch_stats"]
+
+
+def _of_view(rngs: dict[str, jax.Array], number: int) -> dict[str, jax.Array]:
+    return {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
 
 
 def _interleave(arrays: list[jax.Array]) -> jax.Array:
@@ -249,8 +263,13 @@ def _interleave(arrays: list[jax.Array]) -> jax.Array:
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
-def _one_of(count: int, place: int, outputs: Outputs) -> Outputs:
-    """The outputs of one of `count` interleaved views: (N V, ...) -> (N, ...)."""
-    if count == 1:
-        return outputs
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, place], outputs)
+def _apart(numbers: Sequence[int], interleaved: Any) -> dict[int, Any]:
+    """The views of interleaved arrays, by number: (N V, ...) -> V of (N, ...)."""
+    count = len(numbers)
+    return {
+        number: jax.tree.map(
+            lambda x, place=place: x.reshape(-1, count, *x.shape[1:])[:, place],
+            interleaved,
+        )
+        for place, number in enumerate(numbers)
+    }

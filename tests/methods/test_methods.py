@@ -37,7 +37,9 @@ def test_the_command_line_knows_every_method():
 @pytest.mark.parametrize("image_size", [SIZE, 224])
 def test_resolving_leaves_no_choice_open(name, image_size):
     method = METHODS[name]().resolve(image_size, 128, 50_000)
-    open_fields = [k for k, v in vars(method).items() if v is None]
+    open_fields = {k for k, v in vars(method).items() if v is None}
+    if method.target != "momentum":
+        open_fields -= {"target_momentum", "final_target_momentum"}
     assert not open_fields
     assert method.resolve(SIZE, 64, 100) == method
     assert method.problems(128) == []
@@ -244,3 +246,22 @@ def test_queues_fit_the_batch_and_the_data(name):
 def test_a_queue_that_the_batch_does_not_divide_is_refused():
     (problem,) = MoCo(queue_length=BATCH + 1).problems(BATCH)
     assert "--queue-length: got 17, expected a multiple" in problem
+
+
+def test_a_momentum_that_is_given_to_moco_is_constant():
+    method = MoCo(target_momentum=0.9).resolve(SIZE, BATCH, 100)
+    assert method.final_target_momentum == 0.9
+
+
+def test_moco_v3_compares_both_directions_without_a_predictor_too():
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal((6, 5)), jnp.float32) for _ in range(2))
+    method = MoCoV3(target="shared")
+    np.testing.assert_allclose(
+        method.loss((x, y))[0], method.loss((y, x))[0], rtol=1e-6
+    )
+
+
+def test_an_image_of_dino_falls_in_a_cluster_by_its_centered_scores():
+    scores, center = jnp.array([[3.0, 1.0]]), jnp.array([2.5, 0.0])
+    assert jnp.argmax(DINO().cluster_scores(scores, {"center": center})) == 1

@@ -124,6 +124,14 @@ def test_the_target_has_a_gradient_only_if_it_is_shared(name, target):
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
 def test_any_method_may_mask(name, mask, backbone):
     _shapes(tiny_method(name), mask, backbone)
+    recipe = ViewOptions(mask=mask).apply(tiny_method(name).views(SIZE))
+    network = tiny_method(name).network(tiny_backbone(backbone))
+    branches = Branches(tiny_method(name), network, recipe)
+    # Each online view has a mask, and the target a pass of its own, without one.
+    masks = branches.masks(jax.random.key(0), jnp.zeros((4, SIZE, SIZE, 3)))
+    assert tuple(masks) == branches.online_views
+    assert branches.separate and not branches.are_one
+    assert all(0 < mask.mean() < 1 for mask, _ in masks.values())
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
@@ -183,6 +191,20 @@ def test_local_views_are_seen_by_the_online_branch_only(name):
     assert np.isfinite(losses).all()
 
 
+def test_local_views_are_never_targets():
+    method = tiny_method("dino", local_views=3, target="shared")
+    setup = Setup(method)
+    branches = Branches(method, setup.network, setup.recipe)
+    assert branches.target_views == (0, 1) and not branches.are_one
+
+
+def test_all_crops_of_swav_pass_the_projector_at_once():
+    setup = Setup(tiny_method("swav", local_views=2))
+    text = setup.lower().as_text()
+    # 2 global and 2 local views of 16 images, and the projector's 16 hidden units.
+    assert "tensor<64x16xf32>" in text
+
+
 @EVERY
 def test_any_method_has_a_transformer(name):
     state, _ = _shapes(tiny_method(name), backbone="vit")
@@ -203,6 +225,7 @@ REFUSED = {
     "moco": [({"queue_length": 0}, "moco-v3 has no queue")],
     "byol": [
         ({"target_momentum": 1.5}, "expected a number in"),
+        ({"target": "shared", "target_momentum": 0.9}, "no moving average"),
         ({"projector": ()}, "--projector: got no widths"),
         ({"predictor": (0,)}, "--predictor: got"),
     ],

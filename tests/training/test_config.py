@@ -26,6 +26,7 @@ def test_a_configuration_survives_its_file(name, digits, tmp_path):
     (tmp_path / "config.toml").write_text(to_toml(config))
     read = from_toml(tmp_path / "config.toml", PretrainConfig(method=METHODS[name]()))
     assert read == config
+    assert resolve(read, digits) == config
 
 
 @pytest.mark.parametrize(

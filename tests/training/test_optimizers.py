@@ -285,10 +285,20 @@ def test_the_state_of_a_module_that_waits_does_not_change(name):
     before = optimizer.init(params)
     _, after = optimizer.update(params, before, params)
     before, after = _flat(before), _flat(after)
-    waiting = [path for path in before if "scheduled-from-9/" in path]
+    waiting = [path for path in before if "scheduled-prototypes/" in path]
     changed = [p for p in waiting if not np.array_equal(before[p], after[p])]
     assert [path.rsplit("/", 1)[1] for path in changed] == ["step"]
     assert len(waiting) > 1
+
+
+def test_the_structure_of_the_state_does_not_depend_on_numbers_of_steps():
+    structures = {
+        jax.tree.structure(
+            _make(OPTIONS, frozen_for={"prototypes": steps})[0].init(_params())
+        )
+        for steps in (0, 3, 9)
+    }
+    assert len(structures) == 1
 
 
 @EVERY
