@@ -13,7 +13,7 @@ from jemjax.methods import VICReg
 from jemjax.training.config import OptimizerOptions, PretrainConfig
 
 CONFIG = PretrainConfig(
-    method=VICReg(expander=(512, 512, 512)),
+    method=VICReg(projector=(512, 512, 512)),
     data="tfds:cifar10",
     backbone="resnet-narrow",
     batch_size=128,

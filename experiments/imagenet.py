@@ -13,7 +13,7 @@ from jemjax.methods import VICReg
 from jemjax.training.config import OptimizerOptions, PretrainConfig
 
 CONFIG = PretrainConfig(
-    method=VICReg(expander=(8192, 8192, 8192)),
+    method=VICReg(projector=(8192, 8192, 8192)),
     data="tfds:imagenet2012",
     backbone="resnet50",
     image_size=224,

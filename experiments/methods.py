@@ -1,11 +1,11 @@
 """Every method of the lecture on one data set, and a table of what each learned.
 
-python experiments/methods.py --data folder:PATH     # about 10 minutes a method
-python experiments/methods.py --data folder:PATH --methods vicreg dino --steps 500
+python experiments/methods.py --data folder:PATH
+python experiments/methods.py --data folder:PATH --methods vicreg dino --steps 2000
 
-Each is `jemjax pretrain METHOD` with its defaults for small images and, unless --steps
-is given, the number of steps below, which two CPU cores take in five to ten minutes. A
-run that was interrupted is resumed. Measured figures are in experiments/README.md.
+Each is `jemjax pretrain METHOD` with its defaults for small images, but for the number
+of steps, which two CPU cores take in two to ten minutes. A run that was interrupted is
+resumed. Measured figures are in experiments/README.md.
 """
 
 import dataclasses
@@ -18,8 +18,6 @@ import tyro
 
 from jemjax.cli import METHOD_NAMES
 
-STEPS = dict.fromkeys(METHOD_NAMES, 1500)
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -29,8 +27,10 @@ class Options:
     """folder:PATH or tfds:NAME"""
     methods: tuple[str, ...] = METHOD_NAMES
     """which of them"""
-    steps: int | None = None
+    steps: int = 600
     """of each run"""
+    final_examples: int = 10_000
+    """images that the final measurements use at most"""
     output: Path = Path("runs/methods")
     """folder of the runs' folders"""
 
@@ -71,7 +71,8 @@ def main(options: Options) -> None:
         folder = options.output / method
         command = [sys.executable, "-m", "jemjax.cli", "pretrain", method, "--resume"]
         command += ["--data", options.data, "--output", str(folder)]
-        command += ["--steps", str(options.steps or STEPS[method])]
+        command += ["--steps", str(options.steps)]
+        command += ["--final-examples", str(options.final_examples)]
         subprocess.run(command, check=True)
         folders.append(folder)
     print(table(folders))

@@ -17,11 +17,12 @@ from jax.typing import ArrayLike
 # of 1 - 0.05^2 = 0.9975 on average. It is no higher because features that are all
 # positive have much in common: cosines of 0.99 (a share of 0.1) in random networks.
 COMPLETE = 0.05
-# Type 2: below this effective rank. Trained features of 128 dimensions have 15 to 21,
-# and classes that are points each have their number less 1, 9 for ten of them. The
-# figure depends on the images more than on D, so this is no share of D,
-INFORMATIONAL = 5.0
-# but for narrow embeddings: an eighth of the way from 1 to D, the largest there is.
+# Type 2: below this effective rank, which says that nearly all differ along one line.
+# Untrained networks of photographs have 2.4 to 3.1, since photographs differ mostly in
+# brightness and tint; what training leaves below that it has taken away. The figure
+# grows little with D, so it is no share of D,
+INFORMATIONAL = 2.0
+# but for the narrowest: no further than an eighth of the way from 1 to D.
 INFORMATIONAL_SHARE = 1 / 8
 
 
@@ -225,7 +226,7 @@ def name_collapse(
     """Says in words which collapse the figures of embeddings show.
 
     type 1: normalized_std < 0.05 / sqrt(D), every image has nearly the same embedding
-    type 2: effective_rank < min(5, 1 + (D - 1) / 8), the embeddings differ, but fill
+    type 2: effective_rank < min(2, 1 + (D - 1) / 8), the embeddings differ, but fill
         few dimensions
 
     Type 2 is not named beside type 1, from which it follows. As a mean over dimensions

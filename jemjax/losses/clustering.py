@@ -38,9 +38,9 @@ def sinkhorn(
         v_k = (N / K) / sum_n u_n exp(scores_nk / epsilon)   the shares are N / K
         u_n = 1 / sum_k exp(scores_nk / epsilon) v_k         the rows sum to one
 
-    Rows sum to one, to rounding, and shares are N / K in the limit. Without iterations it is
-    the row softmax of scores / epsilon, which tends to K-means' nearest prototype for
-    epsilon -> 0; for epsilon -> infinity every assignment is uniform. For N < K no
+    Rows sum to one, to rounding, and shares are N / K in the limit. Without iterations
+    it is the row softmax of scores / epsilon, which tends to K-means' nearest prototype
+    for epsilon -> 0; for epsilon -> infinity every assignment is uniform. For N < K no
     assignment can be one-hot: each row is spread over at least K / N prototypes.
 
     Each iteration is two products of a matrix and a vector where the range of all the
@@ -199,8 +199,9 @@ def swav(
     It does not collapse because every prototype is assigned its equal share of the
     batch: when all rows of scores are one row s, all assignments are uniform (with an
     iteration, and without a queue), whatever the scores, and the loss is
-    logsumexp(s / T) - mean(s) / T >= ln K, which is ln K when all the scores are equal. Fewer examples than prototypes cannot fill them:
-    give such a batch a queue of earlier examples.
+    logsumexp(s / T) - mean(s) / T >= ln K, which is ln K when all the scores are equal.
+    Fewer examples than prototypes cannot fill them: give such a batch a queue of
+    earlier examples.
 
     This is the published mean over the predictions of every view from every other. The
     lecture writes the sum of the two cross-entropies of two views, which is twice that,

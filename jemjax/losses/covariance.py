@@ -74,11 +74,11 @@ def variance_hinge(
         Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), equation 1.
     """
     (h,) = check_embeddings(axis_name, h=h)
-    gamma = check_number("gamma", gamma)
+    gamma = check_number("gamma", gamma, dtype=h.dtype)
     if on not in ("std", "variance"):
         raise ValueError(f'on: got {on!r}, expected "std" or "variance"')
     if on == "std":
-        eps = check_number("eps", eps, exclusive=True)
+        eps = check_number("eps", eps, exclusive=True, dtype=h.dtype)
     squares = batch_sum(jnp.square(numerics.center(h, axis_name)), axis_name)
     count = batch_size(h, axis_name)
     if on == "std":
@@ -146,8 +146,8 @@ def vicreg_terms(
         Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906).
     """
     x, y = check_embeddings(axis_name, x=x, y=y)
-    gamma = check_number("gamma", gamma)
-    eps = check_number("eps", eps, exclusive=True)
+    gamma = check_number("gamma", gamma, dtype=x.dtype)
+    eps = check_number("eps", eps, exclusive=True, dtype=x.dtype)
     count = batch_size(x, axis_name)
     variance, covariance = [], []
     for h in (x, y):
@@ -248,7 +248,7 @@ def lecture_energy(
         Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), after which it is built.
     """
     x, y = check_embeddings(axis_name, x=x, y=y)
-    gamma = check_number("gamma", gamma)
+    gamma = check_number("gamma", gamma, dtype=x.dtype)
     if not isinstance(center, bool):
         raise ValueError(f"center: got {center!r}, expected True or False")
     count = batch_size(x, axis_name)
@@ -289,7 +289,7 @@ def barlow_twins_terms(
         Zbontar, Jing, Misra, LeCun, Deny, 2021, Barlow Twins (arXiv:2103.03230).
     """
     x, y = check_embeddings(axis_name, x=x, y=y)
-    eps = check_number("eps", eps, exclusive=True)
+    eps = check_number("eps", eps, exclusive=True, dtype=x.dtype)
     count, features = batch_size(x, axis_name), x.shape[1]
     x = numerics.standardize(x, eps, axis_name)
     y = numerics.standardize(y, eps, axis_name)

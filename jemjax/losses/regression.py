@@ -38,9 +38,9 @@ def byol(
     1/N sum_n ||p_n / |p_n| - t_n / |t_n|||^2 = 1/N sum_n (2 - 2 cos(p_n, t_n))
 
     One direction. BYOL's code adds the two directions, without 1/2, so its loss is in
-    [0, 8]. Identical embeddings of all images have the value 0. Rows of zeros, and those
-    shorter than 1e-6 (1e-3 for float16), stay shorter than 1, as in the official code:
-    one such row alone has the value 1, not 2.
+    [0, 8]. Identical embeddings of all images have the value 0.
+    Rows of zeros, and those shorter than 1e-6 (1e-3 for float16), stay shorter than 1:
+    as in the official code, a distance with one row of zeros is 1, not 2.
 
     Args:
         prediction: (N, D) predictor's outputs for one view.

@@ -164,12 +164,10 @@ class DINO(Method):
             return small_images(
                 {
                     "projector": (512, 512, 128),
-                    "num_prototypes": 512,
-                    "target_momentum": 0.996,
+                    "num_prototypes": 1024,
+                    "target_momentum": 0.99,
                     "local_views": 0,
-                },
-                # Without batch normalization in its head it takes no larger rate.
-                optimization=Optimization("adamw", 2e-3, 1e-4, 0.5, 1e-3),
+                }
             )
         return Defaults(
             backbone="vit-small",

@@ -265,7 +265,9 @@ def make_optimizer(
         )
         if waiting is None:
             return optimizer
-        return optax.conditionally_mask(optimizer, lambda step, **_: step >= start)
+        return optax.conditionally_mask(
+            optimizer, lambda step, **_: jnp.asarray(step) >= start
+        )
 
     def label(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

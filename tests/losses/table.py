@@ -21,6 +21,8 @@ class Loss(NamedTuple):
         constants: how many of the last arrays have no gradient.
         collapsed: the value for one same row (..., c, c, c), c != 0, in N rows of D.
         collapsed_at_zero: the value for zeros, where it is another.
+        wide: whether batches of fewer rows than columns take another route.
+        sized: whether the value at collapse depends on the number of rows.
         ordered: whether the rows play different parts.
         normalizing: whether it is finite up to 1e20; the others are up to 1e8.
         symmetric: whether the two arrays may be swapped.
@@ -36,6 +38,8 @@ class Loss(NamedTuple):
     constants: int = 0
     collapsed: Callable[[int, int], float] | None = None
     collapsed_at_zero: float | None = None
+    wide: bool = False
+    sized: bool = False
     ordered: bool = False
     normalizing: bool = False
     symmetric: bool = False
@@ -101,6 +105,7 @@ TABLE = {
         losses.vicreg,
         XY,
         collapsed=lambda n, d: 24.75,
+        wide=True,
         symmetric=True,
         translated=True,
     ),
@@ -108,15 +113,20 @@ TABLE = {
         losses.lecture_energy,
         XY,
         collapsed=lambda n, d: 2.0,
+        wide=True,
         symmetric=True,
         translated=True,
     ),
     "lecture_energy, uncentered": Loss(
-        functools.partial(losses.lecture_energy, center=False), XY, symmetric=True
+        functools.partial(losses.lecture_energy, center=False),
+        XY,
+        wide=True,
+        symmetric=True,
     ),
     "barlow_twins": Loss(
         losses.barlow_twins,
         XY,
+        wide=True,
         collapsed=lambda n, d: d,
         normalizing=True,
         symmetric=True,
@@ -132,7 +142,11 @@ TABLE = {
         translated=True,
     ),
     "covariance_penalty": Loss(
-        losses.covariance_penalty, X, collapsed=lambda n, d: 0.0, translated=True
+        losses.covariance_penalty,
+        X,
+        collapsed=lambda n, d: 0.0,
+        wide=True,
+        translated=True,
     ),
     "swav": Loss(
         _swav,
@@ -218,6 +232,7 @@ TABLE = {
         losses.nt_xent,
         XY,
         collapsed=lambda n, d: math.log(2 * n - 1),
+        sized=True,
         normalizing=True,
         symmetric=True,
         scaled=True,
@@ -227,6 +242,7 @@ TABLE = {
         MATCHED,
         constants=1,
         collapsed=lambda n, d: math.log(n),
+        sized=True,
         normalizing=True,
         scaled=True,
     ),
@@ -234,6 +250,7 @@ TABLE = {
         functools.partial(losses.info_nce, stop_gradient=False),
         MATCHED,
         collapsed=lambda n, d: math.log(n),
+        sized=True,
         normalizing=True,
         scaled=True,
     ),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
+from jemjax import losses
 from jemjax.losses.clustering import assign, sinkhorn, swapped_cross_entropy, swav
 from jemjax.losses.collectives import batch_mean
 
@@ -148,10 +149,13 @@ def test_swav_equals_the_official_code(golden, file, dtype):
         )
 
 
-@EITHER_DTYPE
 @pytest.mark.parametrize(
-    ("shape", "num_iterations"),
-    [*[((12, 8), n) for n in (0, 1, 2, 3, 100)], ((4, 9), 3)],
+    ("shape", "num_iterations", "dtype"),
+    [
+        *[((12, 8), n, np.float32) for n in (0, 1, 3)],
+        ((12, 8), 100, np.float64),
+        ((4, 9), 3, np.float32),
+    ],
 )
 def test_every_number_of_iterations_is_the_official_one(shape, num_iterations, dtype):
     with jax.enable_x64(dtype is np.float64):
@@ -235,14 +239,34 @@ def _balanced(num_iterations):
 @pytest.mark.parametrize("hazard", _hazards())
 def test_sinkhorn_is_finite_for_finite_scores(hazard):
     scores, epsilon = _hazards()[hazard]
+    # Elsewhere only the values, which take a fraction of the time to compile.
+    with_gradient = scores.dtype == np.float32 and scores.shape == (N, K)
     for num_iterations in (0, 3):
-        assignments, gradient = _balanced(num_iterations)(jnp.asarray(scores), epsilon)
+        if with_gradient:
+            assignments, gradient = _balanced(num_iterations)(scores, epsilon)
+            # It is of order 1 / epsilon, which float32 has to hold.
+            assert np.isfinite(gradient).all() or epsilon < 1e-38
+        else:
+            assignments = sinkhorn(
+                scores, epsilon=epsilon, num_iterations=num_iterations
+            )
         assert assignments.dtype == jnp.float32
         np.testing.assert_allclose(jnp.sum(assignments, axis=1), 1.0, rtol=1e-5)
         assert np.all(assignments >= 0)
-        # It is of order 1 / epsilon, which float32 has to hold.
-        if epsilon > 1e-38:
-            assert np.isfinite(np.asarray(gradient, np.float64)).all()
+
+
+def test_the_gradient_is_finite_at_the_ends_of_the_scaling_form():
+    """Rows that sum to exp(-22) and to exp(22), and a cotangent of ordinary size."""
+    scores = np.full((4, 2), 22, np.float32)
+    scores[1] = -22
+    cotangent = np.where(scores > 0, 100, -100) * np.float32([1, -1])
+    for num_iterations in (0, 3):
+        _, pull_back = jax.vjp(
+            functools.partial(sinkhorn, epsilon=1.0, num_iterations=num_iterations),
+            scores,
+        )
+        (gradient,) = pull_back(cotangent.astype(np.float32))
+        assert np.isfinite(gradient).all()
 
 
 @given(
@@ -594,7 +618,13 @@ LOSSES = {
 # Each takes seconds to compile, with both forms and their gradients in all of them.
 CASES = [(name, context) for name in LOSSES for context in list(CONTEXTS)[1:]]
 QUICK = {
-    "scaling, with a queue": set(CONTEXTS),
+    "scaling, with a queue": {
+        "global view, Explicit",
+        "grad of shard_map",
+        "shard_map of grad, unchecked",
+        "shard_map of grad, two axes",
+        "vmap",
+    },
     "logarithms": {"grad of shard_map", "shard_map of grad, unchecked"},
 }
 
@@ -697,9 +727,40 @@ def test_an_iteration_sends_one_number_a_prototype(num_iterations):
         assert f"stablehlo.{other}" not in text
 
 
-def test_the_loss_never_forms_the_logarithm_of_a_softmax_of_every_pair():
+def _primitives(jaxpr):
+    """Every (primitive, shape of a result) of a program and of those inside it."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield equation.primitive.name, getattr(variable.aval, "shape", ())
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _primitives(inner)
+
+
+def _log_softmax_loss(student, teacher):
+    targets = jax.nn.softmax(teacher)
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(student), axis=-1))
+
+
+def _forms_a_log_softmax(loss, *arrays):
+    """Whether something of the shape (..., N, K) is less a logarithm (..., N, 1)."""
+    program = list(_primitives(jax.make_jaxpr(loss)(*arrays).jaxpr))
+    logarithms = [shape for name, shape in program if name == "log"]
+    assert logarithms
+    return any(shape[-1:] == (1,) or shape[-1:] == (K,) for shape in logarithms)
+
+
+def test_the_students_logarithms_of_probabilities_are_never_formed():
+    rows, views = jnp.zeros((N, K)), jnp.zeros((4, N, K))
+    assert _forms_a_log_softmax(_log_softmax_loss, rows, rows)
+    assert not _forms_a_log_softmax(losses.cross_entropy, rows, rows)
+    assert not _forms_a_log_softmax(losses.dino, views, views[:2], rows[0])
+    fixed = jnp.zeros((2, N, K))
+    assert not _forms_a_log_softmax(swapped_cross_entropy, views, fixed)
     text = jax.jit(swav).lower(jnp.zeros((6, 16, 32))).as_text()
-    assert text.count("stablehlo.exponential") > 0
     assert "tensor<2x6x16x32" not in text and "tensor<2x5x16x32" not in text
 
 

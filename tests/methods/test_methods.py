@@ -105,7 +105,12 @@ def test_swav_puts_new_embeddings_in_front(golden):
         norms = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
         return embeddings / norms @ normalized.T
 
-    method = SwAV(queue_length=24, queue_start=0, num_prototypes=len(normalized))
+    method = SwAV(
+        queue_length=24,
+        queue_start=0,
+        num_prototypes=len(normalized),
+        epsilon=float(z["epsilon"]),
+    )
     state = {"queue": jnp.asarray(z["queue"])}
     memory = method.recall(state, _clock(0), scores)
     assert bool(memory["queue_is_used"])

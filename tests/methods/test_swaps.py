@@ -175,8 +175,8 @@ def test_masking_in_place_of_cropping():
     recipe = options.apply(method.views(SIZE))
     assert all(view.crop_scale is None for view in recipe.views)
     setup = Setup(method, backbone=tiny_backbone("vit"), recipe=recipe)
-    losses, _ = setup.run(2)
-    assert np.isfinite(losses).all()
+    # Nothing is cropped, and so nothing resampled: the views have the images' size.
+    assert "tensor<16x8x8x3xf32>" in setup.lower().as_text()
 
 
 @pytest.mark.parametrize("name", ["swav", "dino"])
@@ -187,8 +187,8 @@ def test_local_views_are_seen_by_the_online_branch_only(name):
     assert [view.size for view in setup.recipe.views] == [SIZE] * 2 + [SIZE // 2] * 3
     assert branches.online_views == (0, 1, 2, 3, 4)
     assert branches.target_views == (0, 1)
-    losses, _ = setup.run(2)
-    assert np.isfinite(losses).all()
+    _, metrics = setup.shapes()
+    assert metrics["loss"].shape == ()
 
 
 def test_local_views_are_never_targets():
@@ -213,8 +213,7 @@ def test_any_method_has_a_transformer(name):
 
 def test_data2vec_on_a_convnet_predicts_positions():
     method = tiny_method("data2vec")
-    losses, state = Setup(method, backbone=tiny_backbone()).run(2)
-    assert np.isfinite(losses).all()
+    state, _ = Setup(method, backbone=tiny_backbone()).shapes()
     # The target's statistics are averages of the online ones.
     assert jax.tree.leaves(state.target_batch_stats)
 

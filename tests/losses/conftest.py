@@ -1,0 +1,10 @@
+"""No promotion of one dtype to another that the losses do not write themselves."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
