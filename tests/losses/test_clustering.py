@@ -374,7 +374,8 @@ def test_agrees_with_ott_at_convergence():
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import sinkhorn as ott_sinkhorn
 
-    with jax.enable_x64(True):
+    # OTT itself promotes integers.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         scores = jnp.asarray(_cosines((N, K)), jnp.float64)
         problem = linear_problem.LinearProblem(
             geometry.Geometry(cost_matrix=-scores, epsilon=0.1)
