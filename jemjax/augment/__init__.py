@@ -37,16 +37,12 @@ from jemjax.augment.masking import (
     num_kept_patches,
     random_patch_mask,
 )
-from jemjax.augment.recipes import (
-    View,
-    ViewRecipe,
+from jemjax.augment.published import (
     byol_small,
     data2vec_imagenet,
     data2vec_small,
     dino_imagenet,
     dino_small,
-    evaluation_view,
-    make_views,
     moco_imagenet,
     moco_small,
     mocov3_imagenet,
@@ -57,6 +53,7 @@ from jemjax.augment.recipes import (
     vicreg_imagenet,
     vicreg_small,
 )
+from jemjax.augment.recipes import View, ViewRecipe, evaluation_view, make_views
 
 __all__ = [
     "MaskRecipe",
