@@ -39,8 +39,9 @@ def table(folders: list[Path]) -> str:
     """The results of runs as a Markdown table."""
     lines = [
         "| | steps | training | images/s | kNN: trained | untrained | pixels"
-        " | 10 labels | linear: trained | untrained | effective rank | collapse |",
-        "|" + "---|" * 12,
+        " | 10 labels | linear: trained | untrained | rank: features | embedding"
+        " | collapse |",
+        "|" + "---|" * 13,
     ]
     for folder in folders:
         results = json.loads((folder / "results.json").read_text())
@@ -58,7 +59,8 @@ def table(folders: list[Path]) -> str:
             f"**{linear['trained']:.1%}**",
             f"{linear['untrained']:.1%}",
             f"{results['collapse']['effective_rank']:.1f}",
-            "; ".join(collapse["collapse"]) or "no",
+            f"{collapse['effective_rank']:.1f}",
+            ", ".join(text.split(":")[0] for text in collapse["collapse"]) or "no",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
