@@ -20,8 +20,8 @@ STEPS_PER_EPOCH, TOTAL_STEPS = 4.0, 24
 
 # What makes a method tiny: heads, clusters and queues.
 TINY = {
-    "vicreg": {"projector": (32, 32)},  # wider than the batch: features are exchanged
-    "barlow-twins": {"projector": (32, 32)},
+    "vicreg": {"projector": (24, 40)},  # wider than the batch: features are exchanged
+    "barlow-twins": {"projector": (24, 40)},
     "swav": {
         "projector": (16, 12),
         "num_prototypes": 10,

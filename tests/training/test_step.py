@@ -72,10 +72,10 @@ def test_the_compiled_step_holds_the_collectives_of_the_loss():
     setup = setup_of("vicreg", 8)
     lowered = setup.lower()
     text = setup.compiled.as_text()
-    assert "all-to-all" in text  # rows for features: 32 features, a batch of 16
+    assert "all-to-all" in text  # rows for features: 40 features, a batch of 16
     assert f"f32[{BATCH},{BATCH}]" in text  # the summed matrix of the examples
     reduced = [line for line in text.splitlines() if " all-reduce(" in line]
-    assert reduced and not [line for line in reduced if "f32[32,32]" in line]
+    assert reduced and not [line for line in reduced if "f32[40,40]" in line]
     text = lowered.as_text()
     assert "all_to_all" in text and "all_reduce" in text
 
