@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from jemjax.augment import ViewRecipe
 from jemjax.losses.collectives import AxisName, batch_size, batch_sum
@@ -146,8 +145,8 @@ class Method(abc.ABC):
     # Modules of which the learning rate stays at its peak, and paths never trained.
     constant_rate: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
-    # How `recall`'s arrays are sharded; replicated unless named here.
-    recall_specs: ClassVar[Mapping[str, PartitionSpec]] = {}
+    # Of `recall`'s arrays that are sharded like the batch, the axis; others are whole.
+    recall_axes: ClassVar[Mapping[str, int]] = {}
 
     target: Target = "shared"
     """the other branch: the same network, the same network as a constant, or a moving

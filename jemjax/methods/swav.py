@@ -17,7 +17,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from jemjax.augment import ViewRecipe, swav_imagenet, swav_small
 from jemjax.losses.clustering import assign, swapped_cross_entropy
@@ -40,7 +39,7 @@ class SwAV(Method):
 
     name: ClassVar[str] = "swav"
     views_together: ClassVar[bool] = True
-    recall_specs: ClassVar[Mapping[str, P]] = {"queue_scores": P(None, "data")}
+    recall_axes: ClassVar[Mapping[str, int]] = {"queue_scores": 1}
 
     target: Target = "stop-gradient"
     num_prototypes: int | None = None

@@ -49,6 +49,7 @@ class JointEmbedding(nn.Module):
         train: bool,
         mask: jax.Array | None = None,
         num_kept: int | None = None,
+        drop_keys: jax.Array | None = None,
         predict: bool = True,
     ) -> Outputs:
         """Embeds a view.
@@ -59,9 +60,12 @@ class JointEmbedding(nn.Module):
             mask: (N, T) bool, True where a patch is masked. Transformers replace its
                 token; other backbones see the mean color there.
             num_kept: drop masked tokens instead, of which this many are left.
+            drop_keys: (N,) keys, by which transformers drop branches of their blocks.
             predict: whether this is the online branch, which has the predictor.
         """
-        features = self.embed(images, train=train, mask=mask, num_kept=num_kept)
+        features = self.embed(
+            images, train=train, mask=mask, num_kept=num_kept, drop_keys=drop_keys
+        )
         return self.heads(features, train=train, predict=predict)
 
     def heads(self, features: jax.Array, *, train: bool, predict: bool) -> Outputs:
@@ -82,10 +86,13 @@ class JointEmbedding(nn.Module):
         train: bool,
         mask: jax.Array | None = None,
         num_kept: int | None = None,
+        drop_keys: jax.Array | None = None,
     ) -> jax.Array:
         """(N, H, W, C) images -> (N, features), arguments as of `__call__`."""
-        if mask is not None and isinstance(self.backbone, ViT):
-            return self.backbone(images, train=train, mask=mask, num_kept=num_kept)
+        if isinstance(self.backbone, ViT):
+            return self.backbone(
+                images, train=train, mask=mask, num_kept=num_kept, drop_keys=drop_keys
+            )
         if num_kept is not None:
             raise ValueError(
                 "mask: patches can be left out by transformers only: convolutions need"
@@ -121,6 +128,7 @@ class MaskedPrediction(nn.Module):
         train: bool,
         mask: jax.Array | None = None,
         num_kept: int | None = None,
+        drop_keys: jax.Array | None = None,
         predict: bool = True,
     ) -> Outputs:
         """Embeds a view; arguments as of `JointEmbedding`.
@@ -134,7 +142,9 @@ class MaskedPrediction(nn.Module):
             )
         backbone: Any = self.backbone
         if isinstance(backbone, ViT):
-            tokens, layers = backbone.tokens(images, train=train, mask=mask)
+            tokens, layers = backbone.tokens(
+                images, train=train, mask=mask, drop_keys=drop_keys
+            )
         else:
             tokens, layers = backbone.tokens(_fill(images, mask), train=train)
         tokens = tokens.astype(jnp.float32)  # (N, T, D)

@@ -5,6 +5,7 @@ of Touvron et al., 2021, DeiT (arXiv:2012.12877), which DINO, MAE and data2vec s
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,8 +27,8 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """(N, T, width) -> (N, T, width)."""
+    def __call__(self, x: jax.Array, uniforms: jax.Array | None) -> jax.Array:
+        """(N, T, width), and in training two uniform numbers for each example."""
         width = x.shape[-1]
         linear = functools.partial(Linear, dtype=self.dtype)
         norm = functools.partial(LayerNorm, dtype=self.dtype)
@@ -36,20 +37,21 @@ class Block(nn.Module):
         query, key, value = jnp.moveaxis(y, 2, 0)  # (N, T, heads, width / heads) each
         y = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
         y = linear(width, name="attention_output")(y)
-        x = x + self._branch(y, train, "attention_scale")
+        attention, mlp = (None, None) if uniforms is None else uniforms.T  # (N,) each
+        x = x + self._branch(y, attention, "attention_scale")
         y = linear(int(self.mlp_ratio * width), name="hidden")(norm(name="mlp_norm")(x))
         y = linear(width, name="mlp_output")(nn.gelu(y, approximate=False))
-        return x + self._branch(y, train, "mlp_scale")
+        return x + self._branch(y, mlp, "mlp_scale")
 
-    def _branch(self, y: jax.Array, train: bool, scale_name: str) -> jax.Array:
+    def _branch(
+        self, y: jax.Array, uniform: jax.Array | None, scale_name: str
+    ) -> jax.Array:
         """What is added to the shortcut: scaled, and in some examples dropped."""
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
             y = y * self.param(scale_name, init, y.shape[-1:]).astype(self.dtype)
-        if train and self.drop_path > 0 and self.has_rng("drop_path"):
-            kept = jax.random.bernoulli(
-                self.make_rng("drop_path"), 1 - self.drop_path, (len(y), 1, 1)
-            )
+        if uniform is not None and self.drop_path > 0:
+            kept = (uniform >= self.drop_path)[:, None, None]  # (N, 1, 1)
             y = jnp.where(kept, y / (1 - self.drop_path), 0)
         return y
 
@@ -70,7 +72,7 @@ class ViT(nn.Module):
         mlp_ratio: width of a block's hidden layer / width.
         drop_path: probability in [0, 1) that an example skips a branch of the last
             block; it falls linearly to 0 at the first. It acts only in training, and
-            only where a random stream "drop_path" is given.
+            only where keys are given.
         layer_scale: where the factors of the branches begin; None: no such factors.
         pooling: which features are returned: "class", the class token, or "mean", that
             of the patch tokens.
@@ -145,6 +147,7 @@ class ViT(nn.Module):
         train: bool,
         mask: jax.Array | None = None,
         num_kept: int | None = None,
+        drop_keys: jax.Array | None = None,
     ) -> jax.Array:
         """The features of images, or of what a mask leaves of them.
 
@@ -156,6 +159,7 @@ class ViT(nn.Module):
             num_kept: drop masked tokens instead, and keep this many of each example:
                 the first that are not masked, and where they are too few, the first
                 that are.
+            drop_keys: (N,) keys, by which each example's branches are dropped.
 
         Returns:
             (N, width) float32 features.
@@ -164,14 +168,20 @@ class ViT(nn.Module):
             ValueError: for wrong shapes, dtypes, or numbers of tokens to keep.
         """
         x = self._embed(images, mask, num_kept)
-        for block in self.blocks:
-            x = block(x, train=train)
+        draws = self._draw(drop_keys, train)
+        for block, uniforms in zip(self.blocks, draws, strict=True):
+            x = block(x, uniforms)
         if self.pooling == "class":
             return self.norm(x[:, 0].astype(jnp.float32))  # (N, width)
         return jnp.mean(self.norm(x[:, 1:].astype(jnp.float32)), axis=1)
 
     def tokens(
-        self, images: jax.Array, *, train: bool, mask: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        mask: jax.Array | None = None,
+        drop_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The tokens of the patches, behind the last normalization and behind blocks.
 
@@ -179,6 +189,7 @@ class ViT(nn.Module):
             images: (N, H, W, C) normalized images; H and W multiples of the patch size.
             train: whether branches are dropped.
             mask: (N, T) bool, True = replaced by the mask token.
+            drop_keys: (N,) keys, by which each example's branches are dropped.
 
         Returns:
             (N, T, width) float32, normalized, and (depth, N, T, width) float32, the
@@ -189,10 +200,21 @@ class ViT(nn.Module):
         """
         x = self._embed(images, mask, None)
         layers = []
-        for block in self.blocks:
-            x = block(x, train=train)
+        draws = self._draw(drop_keys, train)
+        for block, uniforms in zip(self.blocks, draws, strict=True):
+            x = block(x, uniforms)
             layers.append(x[:, 1:].astype(jnp.float32))  # (N, T, width)
         return self.norm(layers[-1]), jnp.stack(layers)
+
+    def _draw(
+        self, drop_keys: jax.Array | None, train: bool
+    ) -> Sequence[jax.Array | None]:
+        """Two uniform numbers in [0, 1) for each block and example: depth of (N, 2)."""
+        if drop_keys is None or not train or self.drop_path == 0:
+            return [None] * self.depth
+        shape = (self.depth, 2)
+        draw = jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)
+        return list(draw(drop_keys))
 
     def _embed(
         self, images: jax.Array, mask: jax.Array | None, num_kept: int | None

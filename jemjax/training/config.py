@@ -162,6 +162,11 @@ class PretrainConfig:
     """of the network's activations; losses, parameters and statistics are float32"""
     workers: int = 0
     """processes that load images; 0: threads of this one"""
+    accumulate: int = 1
+    """parts in which the network sees a batch one after the other, to save memory; the
+    loss is still that of the whole batch, but BatchNorm sees the parts"""
+    fsdp: int = 1
+    """devices over which parameters, targets and the optimizer's state are sharded"""
     resume: bool = False
     """continue if the output folder holds a run, else start"""
     overwrite: bool = False
@@ -270,7 +275,8 @@ def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
     # A run's own file has both, and they agree.
     if given.steps is not None and given.epochs not in (None, config.epochs):
         yield "--steps and --epochs exclude each other: give one of them"
-    for name in ("steps", "batch_size", "image_size", "eval_examples", "log_every"):
+    positive = ("steps", "batch_size", "image_size", "eval_examples", "log_every")
+    for name in (*positive, "accumulate", "fsdp"):
         if getattr(config, name) < 1:
             yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 1"
     for name in ("eval_every", "checkpoint_every", "workers", "seed"):

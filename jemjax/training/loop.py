@@ -34,7 +34,13 @@ from jemjax.training.config import (
 )
 from jemjax.training.features import Embedder, choose_examples, embed_examples
 from jemjax.training.measure import measure, measure_collapse, measure_knn
-from jemjax.training.mesh import make_mesh, replicated, to_devices
+from jemjax.training.mesh import (
+    batch_sharding,
+    make_mesh,
+    shaped,
+    state_sharding,
+    to_devices,
+)
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.state import TrainState, init_state
@@ -54,10 +60,11 @@ class Run(NamedTuple):
     image_shape: tuple[int, int, int]
 
     def init(self) -> TrainState:
-        """The state before the first step, on every device."""
+        """The state before the first step, on the devices."""
+        state, _ = self.shapes()
         init = jax.jit(
             self._init,
-            out_shardings=replicated(self.mesh),
+            out_shardings=jax.tree.map(lambda x: x.sharding, state),
             compiler_options=quick_compilation(),
         )
         return init(jax.random.key(self.config.seed))
@@ -67,14 +74,20 @@ class Run(NamedTuple):
         view = jnp.zeros((2, size, size, self.image_shape[2]), jnp.float32)
         return init_state(key, self.config.method, self.network, self.optimizer, view)
 
+    def shapes(self) -> tuple[TrainState, jax.ShapeDtypeStruct]:
+        """What a step is given: shapes, dtypes and shardings; nothing is computed."""
+        images = jax.ShapeDtypeStruct(
+            (self.config.batch_size, *self.image_shape),
+            jnp.uint8,
+            sharding=batch_sharding(self.mesh),
+        )
+        state = jax.eval_shape(self._init, jax.random.key(0))
+        return shaped(state, state_sharding(state, self.mesh)), images
+
     def check(self) -> None:
         """Traces a step, in which what makes no sense is refused with the reason."""
-        images = jax.ShapeDtypeStruct(
-            (self.config.batch_size, *self.image_shape), jnp.uint8
-        )
         try:
-            state = jax.eval_shape(self._init, jax.random.key(0))
-            jax.eval_shape(self.step, state, images)
+            jax.eval_shape(self.step, *self.shapes())
         except ValueError as error:  # argument, got, expected
             raise UserError(f"{self.config.method.name}: {error}") from error
 
@@ -82,11 +95,17 @@ class Run(NamedTuple):
 def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
     """Builds network, views and optimizer of a resolved configuration."""
     assert config.image_size and config.backbone and config.batch_size and config.steps
-    mesh = mesh or make_mesh()
-    if config.batch_size % mesh.size:
+    try:
+        mesh = mesh or make_mesh(fsdp=config.fsdp)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    parts = mesh.size * config.accumulate
+    if config.batch_size % parts:
         raise UserError(
             f"--batch-size: got {config.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
+            + f" x {config.accumulate} of --accumulate"
+            * (config.accumulate > 1)
         )
     method = config.method
     try:
@@ -124,6 +143,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
             mesh,
             steps_per_epoch=steps_per_epoch,
             total_steps=config.steps,
+            accumulate=config.accumulate,
         )
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{method.name}: {error}") from error
@@ -335,6 +355,7 @@ def _prepare_folder(config: PretrainConfig) -> Path:
 _FREE = {"output", "log_every", "eval_every", "eval_examples", "final_examples"} | {
     "checkpoint_every",
     "eval_data",
+    "fsdp",
     "data_dir",
     "workers",
     "resume",

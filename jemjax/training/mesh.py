@@ -1,4 +1,10 @@
-"""Where arrays live: one mesh axis, `data`, over which batches are sharded."""
+"""Where arrays live: batches over all devices, and large parameters over some.
+
+The mesh has two axes. Every device has a part of the batch: the first axis times the
+second. Along `data` all devices hold the same parameters; along `fsdp` each holds a
+part of every large one, which is put together where it is used. With `fsdp` of size 1
+every device holds all of them.
+"""
 
 from typing import Any
 
@@ -7,16 +13,40 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jemjax.training.state import TrainState
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first `devices` devices (all, unless given), axis `data`.
+# The axes over which a batch is sharded: all of them.
+BATCH_AXES = ("data", "fsdp")
+# Arrays of fewer elements stay whole: to send them costs more than their memory.
+MINIMUM_SHARDED = 2**12
 
-    Its axis type is Auto: the step is written for the whole batch, so that BatchNorm
+
+def make_mesh(devices: int | None = None, *, fsdp: int = 1) -> Mesh:
+    """A mesh of the first `devices` devices (all, unless given).
+
+    Its axis types are Auto: the step is written for the whole batch, so that BatchNorm
     sees the global batch, and the partitioner adds the sums over devices.
+
+    Args:
+        devices: how many.
+        fsdp: over how many devices large parameters are sharded, a divisor of them.
+
+    Returns:
+        A mesh of shape (devices / fsdp, fsdp), with the axes `data` and `fsdp`.
+
+    Raises:
+        ValueError: if `fsdp` is not a divisor.
     """
     chosen = jax.devices()[:devices]
+    if fsdp < 1 or len(chosen) % fsdp:
+        raise ValueError(
+            f"fsdp: got {fsdp}, expected a divisor of the {len(chosen)} devices"
+        )
     return jax.make_mesh(
-        (len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen
+        (len(chosen) // fsdp, fsdp),
+        BATCH_AXES,
+        axis_types=(AxisType.Auto,) * 2,
+        devices=chosen,
     )
 
 
@@ -25,9 +55,74 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of arrays of which an axis is the batch."""
+    return NamedSharding(mesh, batch_spec(axis))
+
+
+def batch_spec(axis: int = 0) -> P:
+    """The partition of arrays of which an axis is the batch."""
+    return P(*[None] * axis, BATCH_AXES)
+
+
+def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """The partition of a parameter: its longest axis that `fsdp` divides.
+
+    Of equally long axes it is the last; small parameters, and those of which no axis
+    can be divided, stay whole.
+
+    Args:
+        shape: of the parameter.
+        fsdp: the number of parts.
+    """
+    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or not axes or np.prod(shape) < MINIMUM_SHARDED:
+        return P()
+    longest = max(axes, key=lambda axis: (shape[axis], axis))
+    return P(*[None] * longest, "fsdp")
+
+
+def state_sharding(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of a state lives.
+
+    Parameters, targets and the optimizer's state follow `parameter_spec`, by their
+    shapes: so each moment lies with its parameter. All the rest is small, or needed
+    whole on every device, as queues are.
+
+    Args:
+        state: of arrays, or of their shapes.
+        mesh: of `make_mesh`.
+
+    Returns:
+        A state of shardings.
+    """
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)
+
+    def sharded(tree):
+        return jax.tree.map(
+            lambda x: NamedSharding(mesh, parameter_spec(x.shape, mesh.shape["fsdp"])),
+            tree,
+        )
+
+    return shardings.replace(
+        params=sharded(state.params),
+        target_params=sharded(state.target_params),
+        opt_state=sharded(state.opt_state),
+    )
+
+
+def shaped(tree: Any, shardings: Any) -> Any:
+    """Arrays as shapes, dtypes and shardings only, for compilation and restoring."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def to_devices(batch: Any, mesh: Mesh) -> Any:
-    """Makes global arrays of this host's rows of a batch, sharded over `data`."""
-    sharding = NamedSharding(mesh, P("data"))
+    """Makes global arrays of this host's rows of a batch, sharded over all devices."""
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)),
         batch,

@@ -1,7 +1,7 @@
 """One step: images, views, embeddings, loss, update."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jemjax.augment import ViewRecipe, make_views
+from jemjax.augment.inputs import example_keys
 from jemjax.augment.masking import make_masks, num_kept_patches
 from jemjax.evaluation import normalized_std
 from jemjax.methods import Clock, Method
 from jemjax.models import Outputs
 from jemjax.targets import moving_average
-from jemjax.training.mesh import replicated
+from jemjax.training.mesh import (
+    BATCH_AXES,
+    batch_sharding,
+    batch_spec,
+    replicated,
+    state_sharding,
+)
 from jemjax.training.state import TrainState, without_predictor
 
 Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -32,47 +39,76 @@ def make_train_step(
     *,
     steps_per_epoch: float,
     total_steps: int,
+    accumulate: int = 1,
 ) -> Step:
     """The compiled step of a method.
+
+    With `accumulate` the network sees a batch in as many parts, one after the other, of
+    which no activations are kept: only the embeddings, of which the loss is that of the
+    whole batch. Its gradient with respect to them is then pulled back through each
+    part, which is embedded once more. Loss and gradient are those of the whole batch,
+    but where the network has BatchNorm, of which each part is a batch of its own.
 
     Args:
         method: gives the loss, the other branch, and what is remembered.
         network: maps (N, H, W, C) views to `Outputs`.
         recipe: the views and their masks.
         optimizer: of the parameters.
-        mesh: with an axis `data`, over which images are sharded.
+        mesh: of `jemjax.training.mesh.make_mesh`; images are sharded over its devices.
         steps_per_epoch: steps in which all images are seen once.
         total_steps: steps of the run.
+        accumulate: the number of parts; the batch is a multiple of it and the devices.
 
     Returns:
         (state, (N, H, W, C) uint8 images) -> (state after the step, scalars to log).
         The state given is donated: its buffers are those of the one returned.
+
+    References:
+        Gao, Zhang, Han, Callan, 2021 (arXiv:2101.06983), for the order of `accumulate`.
     """
     branches = Branches(method, network, recipe)
+
+    def embed(params, state: TrainState, images, keys):
+        """The outputs of both branches for the whole batch, and the statistics."""
+
+        def embed_part(statistics, part):
+            return branches.embed(params, state.target_params, statistics, *part)
+
+        statistics = Statistics(state.batch_stats, state.target_batch_stats)
+        if accumulate == 1:
+            return embed_part(statistics, (images, keys))
+        statistics, outputs = lax.scan(
+            jax.checkpoint(embed_part, prevent_cse=False),
+            statistics,
+            _split((images, keys), accumulate, mesh),
+        )
+        return statistics, _join(outputs, mesh)
 
     # Over the devices' shards the loss says itself what is sent between them; the
     # network before it is partitioned by the compiler.
     def loss_of_batch(online, target, memory):
         def loss(online, target, memory):
-            return method.loss(online, target, memory, axis_name="data")
+            return method.loss(online, target, memory, axis_name=BATCH_AXES)
 
-        specs = {name: method.recall_specs.get(name, P()) for name in memory}
+        specs = {
+            name: batch_spec(method.recall_axes[name])
+            if name in method.recall_axes
+            else P()
+            for name in memory
+        }
         return jax.shard_map(
-            loss, mesh=mesh, in_specs=(P("data"), P("data"), specs), out_specs=P()
+            loss,
+            mesh=mesh,
+            in_specs=(batch_spec(), batch_spec(), specs),
+            out_specs=P(),
         )(online, target, memory)
 
     def train_step(state: TrainState, images: jax.Array):
         clock = Clock(state.step, steps_per_epoch, total_steps)
-        view_key, mask_key, drop_key = jax.random.split(
-            jax.random.fold_in(state.key, state.step), 3
-        )
-        views = make_views(view_key, images, recipe)
-        masks = branches.masks(mask_key, images)
+        keys = example_keys(jax.random.fold_in(state.key, state.step), len(images))
 
         def loss_of_params(params):
-            online, target, batch_stats, target_batch_stats = branches.embed(
-                params, state, views, masks, drop_key
-            )
+            statistics, (online, target) = embed(params, state, images, keys)
 
             # What is remembered is of the target branch.
             def scores(embeddings) -> Any:
@@ -89,12 +125,11 @@ def make_train_step(
             loss, terms = loss_of_batch(
                 tuple(outputs.prediction for outputs in online), compared, memory
             )
-            outputs = lax.stop_gradient((online, target))
-            return loss, (terms, outputs, batch_stats, target_batch_stats)
+            return loss, (terms, lax.stop_gradient((online, target)), statistics)
 
-        (loss, (terms, outputs, batch_stats, target_batch_stats)), gradients = (
-            jax.value_and_grad(loss_of_params, has_aux=True)(state.params)
-        )
+        (loss, (terms, outputs, statistics)), gradients = jax.value_and_grad(
+            loss_of_params, has_aux=True
+        )(state.params)
         online, target = outputs
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = method.constrain(optax.apply_updates(state.params, updates))
@@ -105,6 +140,7 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(gradients),
         }
         target_params = state.target_params
+        batch_stats, target_batch_stats = statistics
         if method.target == "momentum":
             metrics["target_momentum"] = momentum = method.momentum(clock)
             target_params = moving_average(
@@ -114,21 +150,54 @@ def make_train_step(
                 target_batch_stats = moving_average(
                     state.target_batch_stats, without_predictor(batch_stats), momentum
                 )
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            target_params=target_params,
+            target_batch_stats=target_batch_stats,
+            loss_state=method.remember(state.loss_state, clock, online, target),
+        )
+        metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+        # Said, or the compiler would shard a queue, and the next step be another.
         return (
-            state.replace(
-                step=state.step + 1,
-                params=params,
-                batch_stats=batch_stats,
-                opt_state=opt_state,
-                target_params=target_params,
-                target_batch_stats=target_batch_stats,
-                loss_state=method.remember(state.loss_state, clock, online, target),
-            ),
-            jax.tree.map(lambda x: x.astype(jnp.float32), metrics),
+            lax.with_sharding_constraint(state, state_sharding(state, mesh)),
+            lax.with_sharding_constraint(metrics, replicated(mesh)),
         )
 
-    # Said, or the compiler would shard a queue, and compile again for the next step.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _split(tree: Any, parts: int, mesh: Mesh) -> Any:
+    """(N, ...) -> (parts, N / parts, ...): rows k, k + parts, ... are part k.
+
+    So no row changes its device, and parts are the same on any number of devices.
+    """
+
+    def split(x):
+        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+        return lax.with_sharding_constraint(x, batch_sharding(mesh, axis=1))
+
+    return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, mesh: Mesh) -> Any:
+    """(parts, N / parts, ...) -> (N, ...), the inverse of `_split`."""
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        x = x.reshape(-1, *x.shape[2:])
+        return lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+    return jax.tree.map(join, tree)
+
+
+class Statistics(NamedTuple):
+    """The running statistics of BatchNorm, of both branches."""
+
+    online: Any
+    target: Any
 
 
 class Branches:
@@ -153,18 +222,14 @@ class Branches:
             and self.online_views == self.target_views
         )
 
-    def masks(
-        self, key: jax.Array, images: jax.Array
-    ) -> dict[int, tuple[jax.Array, int | None]]:
+    def masks(self, keys: jax.Array) -> dict[int, tuple[jax.Array, int | None]]:
         """For each online view its mask, and how many patches are left."""
         if self.recipe.mask is None:
             return {}
         masks = {}
         for number in self.online_views:
             side = self.network.backbone.grid(self.recipe.views[number].size)
-            mask = make_masks(
-                jax.random.fold_in(key, number), len(images), side, self.recipe.mask
-            )
+            mask = make_masks(_fold_in(keys, number), len(keys), side, self.recipe.mask)
             num_kept = None
             if self.recipe.mask.kind == "drop":
                 num_kept = num_kept_patches(side * side, self.recipe.mask.ratio)
@@ -174,43 +239,53 @@ class Branches:
     def embed(
         self,
         params: Any,
-        state: TrainState,
-        views: Sequence[jax.Array],
-        masks: dict[int, tuple[jax.Array, int | None]],
-        drop_key: jax.Array,
-    ) -> tuple[tuple[Outputs, ...], tuple[Outputs, ...], Any, Any]:
-        """The outputs of both branches, and their batch statistics after them."""
-        variables = {"params": params, "batch_stats": state.batch_stats}
+        target_params: Any,
+        statistics: Statistics,
+        images: jax.Array,
+        keys: jax.Array,
+    ) -> tuple[Statistics, tuple[tuple[Outputs, ...], tuple[Outputs, ...]]]:
+        """The statistics after these images, and what each branch makes of their views.
+
+        Args:
+            params: of the online branch.
+            target_params: of a moving average.
+            statistics: before these images.
+            images: (N, H, W, C) uint8.
+            keys: (N,), one for all that is drawn for an image.
+        """
+        view_keys, mask_keys, drop_keys = jax.vmap(
+            lambda key: jax.random.split(key, 3), out_axes=1
+        )(keys)
+        views = make_views(view_keys, images, self.recipe)
+        variables = {"params": params, "batch_stats": statistics.online}
         seen = self.online_views
         if not self.separate:  # one forward pass, of whatever either branch needs
             seen = tuple(sorted({*self.online_views, *self.target_views}))
         outputs, batch_stats = self._forward(
-            variables, views, seen, masks, rngs={"drop_path": drop_key}
+            variables, views, seen, self.masks(mask_keys), drop_keys=drop_keys
         )
         online = tuple(outputs[number] for number in self.online_views)
-        target_batch_stats = state.target_batch_stats
         if not self.separate:
             target = tuple(outputs[number] for number in self.target_views)
-            return online, target, batch_stats, target_batch_stats
+            return Statistics(batch_stats, statistics.target), (online, target)
         momentum = self.method.target == "momentum"
         if momentum:
-            variables = {
-                "params": state.target_params,
-                "batch_stats": state.target_batch_stats,
-            }
+            variables = {"params": target_params, "batch_stats": statistics.target}
         else:
             variables = {"params": params, "batch_stats": batch_stats}
         outputs, updated = self._forward(
             variables, views, self.target_views, {}, predict=False
         )
         if momentum:
-            target_batch_stats = updated
+            statistics = Statistics(batch_stats, updated)
         else:
-            batch_stats = {**batch_stats, **updated}
+            statistics = Statistics({**batch_stats, **updated}, statistics.target)
         target = tuple(outputs[number] for number in self.target_views)
-        return online, target, batch_stats, target_batch_stats
+        return statistics, (online, target)
 
-    def _forward(self, variables, views, numbers, masks, *, predict=True, rngs=None):
+    def _forward(
+        self, variables, views, numbers, masks, *, predict=True, drop_keys=None
+    ):
         """Outputs by the view's number, and the batch statistics after all of them."""
 
         def apply(*arguments, **keywords):
@@ -232,7 +307,10 @@ class Branches:
             if masks:
                 keywords["mask"] = _interleave([masks[number][0] for number in group])
                 keywords["num_kept"] = masks[group[0]][1]
-            return apply(images, rngs=rngs and _of_view(rngs, group[0]), **keywords)
+            if drop_keys is not None:
+                of_views = [_fold_in(drop_keys, number) for number in group]
+                keywords["drop_keys"] = _interleave(of_views)
+            return apply(images, **keywords)
 
         outputs: dict[int, Outputs] = {}
         if not self.method.views_together:  # each with its own batch statistics
@@ -251,8 +329,9 @@ class Branches:
         return _apart(numbers, made), variables["batch_stats"]
 
 
-def _of_view(rngs: dict[str, jax.Array], number: int) -> dict[str, jax.Array]:
-    return {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+def _fold_in(keys: jax.Array, number: int) -> jax.Array:
+    """(N,) keys -> (N,) keys."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _interleave(arrays: list[jax.Array]) -> jax.Array:

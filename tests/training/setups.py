@@ -10,7 +10,7 @@ from jemjax.methods import METHODS
 from jemjax.models import ResNet, ViT
 from jemjax.models.resnet import BasicBlock
 from jemjax.runtime import quick_compilation
-from jemjax.training.mesh import make_mesh, replicated, to_devices
+from jemjax.training.mesh import make_mesh, shaped, state_sharding, to_devices
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.state import init_state
 from jemjax.training.step import make_train_step
@@ -20,8 +20,8 @@ STEPS_PER_EPOCH, TOTAL_STEPS = 4.0, 24
 
 # What makes a method tiny: heads, clusters and queues.
 TINY = {
-    "vicreg": {"projector": (24, 40)},  # wider than the batch: features are exchanged
-    "barlow-twins": {"projector": (24, 40)},
+    "vicreg": {"projector": (24, 48)},  # wider than the batch: features are exchanged
+    "barlow-twins": {"projector": (24, 48)},
     "swav": {
         "projector": (16, 12),
         "num_prototypes": 10,
@@ -61,12 +61,19 @@ class Setup:
     """A step and its first state on some devices; `network`, `recipe` and `method`."""
 
     def __init__(
-        self, method, devices=1, backbone=None, recipe=None, dtype=jnp.float32
+        self,
+        method,
+        devices=1,
+        backbone=None,
+        recipe=None,
+        dtype=jnp.float32,
+        fsdp=1,
+        accumulate=1,
     ):
         if backbone is None:
             kind = "vit" if method.name == "data2vec" else "resnet"
             backbone = tiny_backbone(kind, pooling=method.pooling, dtype=dtype)
-        self.method, self.mesh = method, make_mesh(devices)
+        self.method, self.mesh = method, make_mesh(devices, fsdp=fsdp)
         self.network = method.network(backbone)
         self.recipe = recipe or method.views(SIZE)
         optimization = method.defaults(224).optimization  # the published one
@@ -90,6 +97,7 @@ class Setup:
             self.mesh,
             steps_per_epoch=STEPS_PER_EPOCH,
             total_steps=TOTAL_STEPS,
+            accumulate=accumulate,
         )
 
     def _init(self, key):
@@ -99,10 +107,14 @@ class Setup:
     def init(self):
         compiled = jax.jit(
             self._init,
-            out_shardings=replicated(self.mesh),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state_shapes()),
             compiler_options=quick_compilation(),
         )
         return compiled(jax.random.key(0))
+
+    def state_shapes(self):
+        state = jax.eval_shape(self._init, jax.random.key(0))
+        return shaped(state, state_sharding(state, self.mesh))
 
     def images(self, step):
         rng = np.random.default_rng(step)
@@ -110,13 +122,7 @@ class Setup:
         return to_devices(images, self.mesh)
 
     def lower(self):
-        state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=replicated(self.mesh)
-            ),
-            jax.eval_shape(self._init, jax.random.key(0)),
-        )
-        return self.step.lower(state, self.images(0))
+        return self.step.lower(self.state_shapes(), self.images(0))
 
     @functools.cached_property
     def compiled(self):
@@ -139,11 +145,23 @@ class Setup:
 
     def shapes(self):
         """The step's trace: shapes of the state and metrics after it, nothing run."""
-        state = jax.eval_shape(self._init, jax.random.key(0))
-        return jax.eval_shape(self.step, state, self.images(0))
+        return jax.eval_shape(self.step, self.state_shapes(), self.images(0))
 
 
 @functools.cache
-def setup_of(name, devices=1, **swaps):
+def setup_of(name, devices=1, fsdp=1, accumulate=1, **swaps):
     """One for each method and swap, so that it is compiled once."""
-    return Setup(tiny_method(name, **swaps), devices)
+    return Setup(tiny_method(name, **swaps), devices, fsdp=fsdp, accumulate=accumulate)
+
+
+# Headless on a transformer, of which branches are dropped: nothing has BatchNorm.
+HEADLESS = {"projector": "none", "predictor": "none"}
+
+
+@functools.cache
+def setup_without_batch_norm(name, devices=1, accumulate=1):
+    """As `setup_of`, but each example is embedded by itself."""
+    method = METHODS[name](**{**TINY[name], **({} if name == "data2vec" else HEADLESS)})
+    method = method.resolve(SIZE, BATCH, 100)
+    backbone = tiny_backbone("vit", pooling=method.pooling).clone(drop_path=0.5)
+    return Setup(method, devices, backbone, accumulate=accumulate)

@@ -1,18 +1,41 @@
-"""The same step on one and on eight devices, and what crosses between them."""
+"""The same step on any number of devices, in parts, and with sharded parameters."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training.setups import BATCH, SIZE, TINY, Setup, setup_of, tiny_method
+from training.setups import (
+    BATCH,
+    HEADLESS,
+    SIZE,
+    TINY,
+    Setup,
+    setup_of,
+    setup_without_batch_norm,
+    tiny_method,
+)
 
-from jemjax.augment import make_views, vicreg_small
+from jemjax.augment import (
+    MaskRecipe,
+    byol_small,
+    make_masks,
+    make_views,
+    random_boxes,
+    random_patch_mask,
+)
+from jemjax.augment.color import random_jitter
+from jemjax.augment.inputs import example_keys, uniforms
 from jemjax.evaluation import normalized_std
 from jemjax.methods import VICReg
+from jemjax.models import ViT
+from jemjax.runtime import quick_compilation
+from jemjax.training import mesh
 from jemjax.training.checkpoints import Checkpoints, fingerprint
-from jemjax.training.mesh import make_mesh, to_devices
+from jemjax.training.mesh import batch_sharding, make_mesh, to_devices
+from jemjax.training.step import Branches, Statistics
 
 METHODS = pytest.mark.parametrize("name", TINY)
 
@@ -24,24 +47,30 @@ def _paths(tree):
     }
 
 
-# Biases before a normalization: their exact gradient is zero, and what is left of it
-# is rounding, which the optimizers scale up.
+# Biases before a normalization, or a loss that subtracts the mean: their exact gradient
+# is zero, and what is left of it is rounding, which the optimizers scale up.
 ROUNDING = {
     "vicreg": ["projector/Dense_0/bias"],
     "swav": ["projector/Dense_0/bias"],
     "byol": ["projector/Dense_0/bias", "predictor/Dense_0/bias"],
 }
+ROUNDING_WITHOUT_HEADS = {
+    "vicreg": ["backbone/norm/bias"],
+    "barlow-twins": ["backbone/norm/bias"],
+}
 
 
-def _check_devices(name, devices, steps):
-    losses, state = setup_of(name).run(steps)
-    sharded_losses, sharded = setup_of(name, devices).run(steps)
-    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
-    everything = ("params", "batch_stats", "target_params", "target_batch_stats")
-    for field in (*everything, "loss_state"):
-        others = _paths(getattr(sharded, field))
+FIELDS = ("params", "batch_stats", "target_params", "target_batch_stats", "loss_state")
+
+
+def _check_same(run, other, rounding=()):
+    """Losses to 1e-5 and states, but what is rounding, to 1e-4."""
+    (losses, state), (other_losses, other_state) = run, other
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    for field in FIELDS:
+        others = _paths(getattr(other_state, field))
         for path, leaf in _paths(getattr(state, field)).items():
-            if path in ROUNDING.get(name, ()):
+            if path in rounding:
                 continue
             difference = np.linalg.norm(others[path] - leaf)
             assert difference <= 1e-4 * np.linalg.norm(leaf), (field, path)
@@ -50,32 +79,204 @@ def _check_devices(name, devices, steps):
 @pytest.mark.parametrize("name", ["vicreg", "swav", "dino", "moco"])
 def test_one_and_eight_devices_take_the_same_steps(name):
     # Past the first epoch, in which prototypes stand still and the queue is not used.
-    _check_devices(name, 8, 8)
+    _check_same(setup_of(name).run(8), setup_of(name, 8).run(8), ROUNDING.get(name, ()))
+
+
+@functools.cache
+def _twenty_steps(name):
+    return setup_of(name).run(20)
 
 
 @pytest.mark.slow
 @METHODS
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_any_number_of_devices_takes_the_same_twenty_steps(name, devices):
-    _check_devices(name, devices, 20)
+    other = setup_of(name, devices).run(20)
+    _check_same(_twenty_steps(name), other, ROUNDING.get(name, ()))
+
+
+def _draws(keys):
+    """Everything that is drawn for views and masks, by one key for each example."""
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    return {
+        "boxes": random_boxes(keys, len(keys), (32, 24), scale=(0.08, 1.0)),
+        "factors, order, place": random_jitter(
+            keys, len(keys), probability=0.8, **jitter
+        ),
+        "chances": uniforms(keys, 5),
+        "patches": random_patch_mask(keys, len(keys), 64, ratio=0.6),
+        "blocks": make_masks(keys, len(keys), 8, MaskRecipe("block", 0.6)),
+        "permutations": jax.vmap(lambda key: jax.random.permutation(key, 9))(keys),
+    }
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_draws_are_the_same_bit_for_bit_on_any_number_of_devices(key, devices):
+    keys = jax.random.split(key, 64)
+    draw = jax.jit(_draws, compiler_options=quick_compilation())
+    one = draw(jax.device_put(keys, batch_sharding(make_mesh(1))))
+    many = draw(jax.device_put(keys, batch_sharding(make_mesh(devices))))
+    jax.tree.map(np.testing.assert_array_equal, many, one)
 
 
 def test_the_views_do_not_depend_on_the_number_of_devices(key):
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)
-    views = jax.jit(lambda images: make_views(key, images, vicreg_small(SIZE)))
+    views = jax.jit(lambda images: make_views(key, images, byol_small(SIZE)))
     one, eight = (views(to_devices(images, make_mesh(devices))) for devices in (1, 8))
     for view, other in zip(one, eight, strict=True):
         np.testing.assert_allclose(other, view, atol=1e-6)
+
+
+def _check_parts(name, devices, parts):
+    whole = setup_without_batch_norm(name)
+    split = setup_without_batch_norm(name, devices, accumulate=parts)
+    _check_same(whole.run(6), split.run(6), ROUNDING_WITHOUT_HEADS.get(name, ()))
+    _, of_whole = whole.steps(whole.init(), [0])
+    _, of_split = split.steps(split.init(), [0])
+    for metric, value in of_whole[0].items():
+        np.testing.assert_allclose(of_split[0][metric], value, rtol=2e-5)
+
+
+# A statistic of the batch, a queue that is balanced with it, and masked patches.
+@pytest.mark.parametrize("name", ["vicreg", "swav", "data2vec"])
+def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(name):
+    _check_parts(name, 2, 4)
+
+
+@pytest.mark.slow
+@METHODS
+@pytest.mark.parametrize(("devices", "parts"), [(1, 2), (1, 16), (8, 2)])
+def test_every_method_may_see_its_batch_in_parts(name, devices, parts):
+    _check_parts(name, devices, parts)
+
+
+def test_the_mean_over_parts_would_be_another_loss(key):
+    x, y = jax.random.normal(key, (2, BATCH, 12))
+    whole, _ = VICReg().loss((x, y))
+    parts = [VICReg().loss((x[part::4], y[part::4]))[0] for part in range(4)]
+    assert abs(np.mean(parts) - whole) > 0.1 * whole
+
+
+def test_batch_normalization_sees_the_parts_on_any_number_of_devices():
+    one, eight = (setup_of("vicreg", n, accumulate=2) for n in (1, 8))
+    _check_same(one.run(4), eight.run(4), ROUNDING["vicreg"])
+    # The running mean of the first normalization moved twice, once by each part.
+    state = one.init()
+    keys = example_keys(jax.random.fold_in(state.key, 0), BATCH)
+    images, statistics = one.images(0), Statistics(state.batch_stats, {})
+    branches = Branches(one.method, one.network, one.recipe)
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        statistics, _ = branches.embed(
+            state.params, {}, statistics, images[part], keys[part]
+        )
+    after, _ = one.steps(state, [0])
+    for path, leaf in _paths(after.batch_stats).items():
+        expected = _paths(statistics.online)[path]
+        np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_take_the_memory_of_one():
+    method = tiny_method("vicreg", **HEADLESS)
+    backbone = ViT(patch_size=2, image_size=SIZE, width=96, depth=4, num_heads=2)
+    temporary = [
+        Setup(method, backbone=backbone, accumulate=parts)
+        .compiled.memory_analysis()
+        .temp_size_in_bytes
+        for parts in (1, 4)
+    ]
+    assert temporary[1] < 0.35 * temporary[0]
+
+
+def test_sharded_parameters_take_the_same_steps_in_less_memory():
+    wide = {"projector": (64, 256)}
+    whole, sharded = setup_of("byol", 8, **wide), setup_of("byol", 8, fsdp=4, **wide)
+    _check_same(whole.run(4), sharded.run(4), ROUNDING["byol"])
+    state = sharded.init()
+    for tree in (state.params, state.target_params):
+        kernel = tree["projector"]["Dense_1"]["kernel"]
+        assert kernel.shape == (64, 256)
+        assert kernel.addressable_shards[0].data.shape == (64, 64)
+
+    def of_a_device(setup):
+        analysis = setup.compiled.memory_analysis()
+        assert analysis.alias_size_in_bytes > 0.9 * analysis.output_size_in_bytes
+        return analysis.argument_size_in_bytes
+
+    # Of the state; images and what is small stay as they are.
+    state_bytes = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(state.replace(key=None))
+        for shard in leaf.addressable_shards[:1]
+    )
+    assert of_a_device(sharded) < 0.5 * of_a_device(whole)
+    assert abs(of_a_device(sharded) - state_bytes) < 4096
+
+
+@pytest.mark.slow
+@METHODS
+def test_sharded_parameters_take_the_same_twenty_steps(name, monkeypatch):
+    monkeypatch.setattr(mesh, "MINIMUM_SHARDED", 1)
+    sharded = Setup(tiny_method(name), 8, fsdp=4)
+    spec = jax.tree.map(lambda x: x.sharding.spec, sharded.init().params)
+    assert any("fsdp" in s for s in jax.tree.leaves(spec, is_leaf=_is_spec))
+    _check_same(_twenty_steps(name), sharded.run(20), ROUNDING.get(name, ()))
+
+
+def _is_spec(x):
+    return isinstance(x, jax.P)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "expected"),
+    [
+        ((64, 256), 4, jax.P(None, "fsdp")),
+        ((256, 64), 4, jax.P("fsdp")),
+        ((3, 3, 64, 64), 8, jax.P(None, None, None, "fsdp")),
+        ((100, 63), 4, jax.P("fsdp")),
+        ((4096,), 2, jax.P("fsdp")),
+        ((4095,), 2, jax.P()),
+        ((101, 63), 4, jax.P()),
+        ((64, 256), 1, jax.P()),
+        ((), 4, jax.P()),
+    ],
+    ids=str,
+)
+def test_the_rule_by_which_parameters_are_sharded(shape, fsdp, expected):
+    assert mesh.parameter_spec(shape, fsdp) == expected
+
+
+def test_a_mesh_is_divided_without_rest():
+    assert mesh.make_mesh(8, fsdp=2).shape == {"data": 4, "fsdp": 2}
+    for fsdp in (0, 3):
+        with pytest.raises(ValueError, match=f"fsdp: got {fsdp}, expected a divisor"):
+            mesh.make_mesh(8, fsdp=fsdp)
+
+
+# MoCo has a queue and a target: all that a state can hold.
+@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (4, 2)])
+def test_a_checkpoint_of_eight_devices_continues_on_fewer(devices, fsdp, tmp_path):
+    eight, fewer = setup_of("moco", 8), setup_of("moco", devices, fsdp=fsdp)
+    undisturbed = setup_of("moco").run(8)
+    state, before = eight.steps(eight.init(), range(6))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(6, state)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    restored = checkpoints.restore(fewer.init())
+    checkpoints.close()
+    state, after = fewer.steps(restored, range(6, 8))
+    resumed = [float(metrics["loss"]) for metrics in before + after]
+    _check_same(undisturbed, (resumed, jax.device_get(state.replace(key=None))))
 
 
 def test_the_compiled_step_holds_the_collectives_of_the_loss():
     setup = setup_of("vicreg", 8)
     lowered = setup.lower()
     text = setup.compiled.as_text()
-    assert "all-to-all" in text  # rows for features: 40 features, a batch of 16
+    assert "all-to-all" in text  # rows for features: 48 features, a batch of 16
     assert f"f32[{BATCH},{BATCH}]" in text  # the summed matrix of the examples
     reduced = [line for line in text.splitlines() if " all-reduce(" in line]
-    assert reduced and not [line for line in reduced if "f32[40,40]" in line]
+    assert reduced and not [line for line in reduced if "f32[48,48]" in line]
     text = lowered.as_text()
     assert "all_to_all" in text and "all_reduce" in text
 
@@ -153,8 +354,9 @@ def test_every_weight_of_the_method_reaches_the_loss(key, weight):
 def test_the_logged_spread_is_that_of_the_first_views_embeddings():
     setup = setup_of("vicreg")
     state, images = setup.init(), setup.images(0)
-    view_key = jax.random.split(jax.random.fold_in(state.key, 0), 3)[0]
-    view = make_views(view_key, images, setup.recipe)[0]
+    keys = example_keys(jax.random.fold_in(state.key, 0), BATCH)
+    view_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
+    view = make_views(view_keys, images, setup.recipe)[0]
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     outputs, _ = setup.network.apply(
         variables, view, train=True, mutable=["batch_stats"]
