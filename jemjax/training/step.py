@@ -72,7 +72,15 @@ def make_train_step(
         """The outputs of both branches for the whole batch, and the statistics."""
 
         def embed_part(statistics, part):
-            return branches.embed(params, state.target_params, statistics, *part)
+            images, keys = part
+            view_keys, mask_keys, drop_keys = jax.vmap(
+                lambda key: jax.random.split(key, 3), out_axes=1
+            )(keys)
+            views = make_views(view_keys, images, recipe)
+            masks = branches.masks(mask_keys)
+            return branches.embed(
+                params, state.target_params, statistics, views, masks, drop_keys
+            )
 
         statistics = Statistics(state.batch_stats, state.target_batch_stats)
         if accumulate == 1:
@@ -241,28 +249,26 @@ class Branches:
         params: Any,
         target_params: Any,
         statistics: Statistics,
-        images: jax.Array,
-        keys: jax.Array,
+        views: Sequence[jax.Array],
+        masks: dict[int, tuple[jax.Array, int | None]],
+        drop_keys: jax.Array,
     ) -> tuple[Statistics, tuple[tuple[Outputs, ...], tuple[Outputs, ...]]]:
-        """The statistics after these images, and what each branch makes of their views.
+        """The statistics after these views, and what each branch makes of its own.
 
         Args:
             params: of the online branch.
             target_params: of a moving average.
-            statistics: before these images.
-            images: (N, H, W, C) uint8.
-            keys: (N,), one for all that is drawn for an image.
+            statistics: before these views.
+            views: (N, size, size, C) each.
+            masks: of the online branch's views.
+            drop_keys: (N,), by which the online branch drops paths.
         """
-        view_keys, mask_keys, drop_keys = jax.vmap(
-            lambda key: jax.random.split(key, 3), out_axes=1
-        )(keys)
-        views = make_views(view_keys, images, self.recipe)
         variables = {"params": params, "batch_stats": statistics.online}
         seen = self.online_views
         if not self.separate:  # one forward pass, of whatever either branch needs
             seen = tuple(sorted({*self.online_views, *self.target_views}))
         outputs, batch_stats = self._forward(
-            variables, views, seen, self.masks(mask_keys), drop_keys=drop_keys
+            variables, views, seen, masks, drop_keys=drop_keys
         )
         online = tuple(outputs[number] for number in self.online_views)
         if not self.separate:

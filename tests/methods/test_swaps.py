@@ -20,7 +20,7 @@ from jemjax.augment import MaskRecipe
 from jemjax.methods import METHODS
 from jemjax.models import MaskedTokens
 from jemjax.training.config import ViewOptions
-from jemjax.training.step import Branches
+from jemjax.training.step import Branches, Statistics
 
 EVERY = pytest.mark.parametrize("name", TINY)
 # data2vec's network is of another kind: patches, not embeddings.
@@ -128,7 +128,7 @@ def test_any_method_may_mask(name, mask, backbone):
     network = tiny_method(name).network(tiny_backbone(backbone))
     branches = Branches(tiny_method(name), network, recipe)
     # Each online view has a mask, and the target a pass of its own, without one.
-    masks = branches.masks(jax.random.key(0), jnp.zeros((4, SIZE, SIZE, 3)))
+    masks = branches.masks(jax.random.split(jax.random.key(0), 4))
     assert tuple(masks) == branches.online_views
     assert branches.separate and not branches.are_one
     assert all(0 < mask.mean() < 1 for mask, _ in masks.values())
@@ -143,16 +143,18 @@ def test_what_is_masked_is_not_seen(backbone):
     assert not branches.are_one  # the target sees the views whole
     state = setup.init()
     views = list(jax.random.normal(jax.random.key(0), (2, 4, SIZE, SIZE, 3)))
-    masks = branches.masks(jax.random.key(1), views[0])
+    keys = jax.random.split(jax.random.key(1), 4)
+    masks = branches.masks(keys)
     side = setup.network.backbone.grid(SIZE)
     hidden = masks[0][0].reshape(4, side, side)
     hidden = hidden.repeat(SIZE // side, 1).repeat(SIZE // side, 2)[..., None]
     changed = [jnp.where(hidden, 9.0, views[0]), views[1]]
 
     def embed(views):
-        return branches.embed(state.params, state, views, masks, jax.random.key(2))[:2]
+        statistics = Statistics(state.batch_stats, {})
+        return branches.embed(state.params, {}, statistics, views, masks, keys)
 
-    (online, whole), (other, other_whole) = embed(views), embed(changed)
+    (_, (online, whole)), (_, (other, other_whole)) = embed(views), embed(changed)
     np.testing.assert_allclose(online[0].embedding, other[0].embedding, atol=1e-5)
     assert np.abs(whole[0].embedding - other_whole[0].embedding).max() > 1e-3
 

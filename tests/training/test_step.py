@@ -166,9 +166,9 @@ def test_batch_normalization_sees_the_parts_on_any_number_of_devices():
     images, statistics = one.images(0), Statistics(state.batch_stats, {})
     branches = Branches(one.method, one.network, one.recipe)
     for part in (slice(0, None, 2), slice(1, None, 2)):
-        statistics, _ = branches.embed(
-            state.params, {}, statistics, images[part], keys[part]
-        )
+        view_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys[part])
+        views = make_views(view_keys, images[part], one.recipe)
+        statistics, _ = branches.embed(state.params, {}, statistics, views, {}, None)
     after, _ = one.steps(state, [0])
     for path, leaf in _paths(after.batch_stats).items():
         expected = _paths(statistics.online)[path]
