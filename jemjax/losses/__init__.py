@@ -6,8 +6,11 @@ finite with finite gradients wherever the exact value fits.
 
 With ``axis_name`` the arrays are one shard of the global batch, and the result is the
 loss of the whole batch, the same scalar on every shard. A gradient taken inside
-`pmap`, `vmap(axis_name=...)` or `shard_map(check_vma=False)` is one shard's part:
-apply `jax.lax.pmean` to the gradients of parameters there, as data-parallel steps do.
+`pmap`, `vmap(axis_name=...)` or `shard_map(check_vma=False)` is one shard's part, of
+which the loss's gradient is the mean: apply `jax.lax.pmean` to the gradients of
+parameters there, as data-parallel steps do, and divide those of a shard's own rows by
+the number of shards; everywhere else gradients are already the loss's, and the mean
+changes nothing.
 """
 
 from jemjax.losses.clustering import sinkhorn, swav

@@ -84,27 +84,24 @@ def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
 def feature_gram(a: jax.Array, b: jax.Array, axis_name: AxisName) -> jax.Array:
     """`a.T @ b` summed over the global batch: (N, D), (N, E) -> (D, E).
 
-    It costs 2 N D E operations, and sends D E numbers.
+    It sends D E numbers.
     """
     # On an Explicit mesh a contraction over a sharded batch has to be told its result.
     out_sharding = PartitionSpec(None, None) if _explicit(a) else None
     return psum(_matmul("nd,ne->de", a, b, out_sharding), axis_name)
 
 
-def example_gram(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """`x @ x.T` of the global batch: (N, D) of a shard -> (N_global, N_global).
+def rows_for_features(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """A part of the features of all rows: (N, D) -> (N_global, ceil(D / shards)).
 
-    It costs 2 N_global^2 D operations in all. The shards first exchange rows for
-    features, so that each multiplies its D / shards features of all the rows: that
-    sends N D + N_global^2 numbers, where gathering the rows would send N_global D.
+    Columns of zeros are added where D is no multiple of the shards.
     """
-    if axis_name is None:
-        # On an Explicit mesh two operands may not both be sharded over their rows.
-        return row_products(x, gather(x, None))
-    shards = axis_size(axis_name)
-    missing = -x.shape[1] % shards
-    x = jnp.pad(x, ((0, 0), (0, missing)))  # columns of zeros add nothing to a product
-    x = lax.all_to_all(
-        x, axis_name, split_axis=1, concat_axis=0, tiled=True
-    )  # (N_global, D / shards)
-    return psum(row_products(x, x), axis_name)
+    missing = -x.shape[1] % axis_size(axis_name)
+    x = jnp.pad(x, ((0, 0), (0, missing)))
+    return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
+
+
+def features_for_rows(x: jax.Array, features: int, axis_name: AxisName) -> jax.Array:
+    """The inverse: (N_global, ceil(D / shards)) -> (N, D), D = `features`."""
+    x = lax.all_to_all(x, axis_name, split_axis=0, concat_axis=1, tiled=True)
+    return x[:, :features]

@@ -2,9 +2,11 @@
 
 All of them need sums of squares of the entries of a D x D matrix H'H. Where the batch
 is smaller than the embedding (N < D) that matrix is never formed: its sum of squares
-is that of the N x N matrix HH', so the cost is that of min(N, D).
+is that of the N x N matrix HH', so the cost is that of min(N, D). Over several shards
+`cheapest_form` says what they send each other for it.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,14 +17,19 @@ from jemjax.losses import numerics
 from jemjax.losses.checks import check_embeddings, check_number
 from jemjax.losses.collectives import (
     AxisName,
+    axis_size,
     batch_size,
     batch_sum,
-    example_gram,
     feature_gram,
+    features_for_rows,
+    gather,
     psum,
+    row_products,
+    rows_for_features,
 )
 
 Scalar = float | jax.Array
+Form = Literal["all_to_all", "gather", "sum"]
 
 
 class VICRegTerms(NamedTuple):
@@ -111,7 +118,7 @@ def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array
     (h,) = check_embeddings(axis_name, h=h)
     h = numerics.center(h, axis_name)
     squares = batch_sum(jnp.square(h), axis_name)
-    return _off_diagonal(h, squares, batch_size(h, axis_name) - 1, axis_name)
+    return _covariance(h, squares, batch_size(h, axis_name) - 1, axis_name)
 
 
 def vicreg_terms(
@@ -154,7 +161,7 @@ def vicreg_terms(
         h = numerics.center(h, axis_name)
         squares = batch_sum(jnp.square(h), axis_name)  # (D,)
         variance.append(_std_hinge(squares, count, gamma, eps))
-        covariance.append(_off_diagonal(h, squares, count - 1, axis_name))
+        covariance.append(_covariance(h, squares, count - 1, axis_name))
     return VICRegTerms(
         invariance=_mean_square(x - y, count * x.shape[1], axis_name),
         variance=0.5 * (variance[0] + variance[1]),
@@ -258,7 +265,7 @@ def lecture_energy(
             h = numerics.center(h, axis_name)
         squares = batch_sum(jnp.square(h), axis_name)  # (D,)
         energy = energy + _hinge(squares / count, gamma)
-        energy = energy + _off_diagonal(h, squares, count, axis_name)
+        energy = energy + _covariance(h, squares, count, axis_name)
     return energy
 
 
@@ -290,19 +297,12 @@ def barlow_twins_terms(
     """
     x, y = check_embeddings(axis_name, x=x, y=y)
     eps = check_number("eps", eps, exclusive=True, dtype=x.dtype)
-    count, features = batch_size(x, axis_name), x.shape[1]
-    x = numerics.standardize(x, eps, axis_name)
-    y = numerics.standardize(y, eps, axis_name)
-    diagonal = batch_sum(x * y, axis_name) / count  # (D,)
-    if count < features:
-        # Divided by N before the product, which is then at most D^2.
-        x_gram = example_gram(x, axis_name) / count  # (N, N)
-        y_gram = example_gram(y, axis_name) / count
-        total = jnp.sum(x_gram * y_gram)
-        off_diagonal = numerics.nonnegative(total - jnp.sum(jnp.square(diagonal)))
-    else:
-        correlation = feature_gram(x, y, axis_name) / count  # (D, D)
-        off_diagonal = jnp.sum(jnp.square(_without_diagonal(correlation)))
+    # Divided by sqrt(N) before the products, of which no entry is then above D.
+    scale = (1.0 / batch_size(x, axis_name)) ** 0.5
+    x = scale * numerics.standardize(x, eps, axis_name)
+    y = scale * numerics.standardize(y, eps, axis_name)
+    diagonal = batch_sum(x * y, axis_name)  # (D,)
+    off_diagonal = _off_diagonal((x, y), diagonal, axis_name)
     return BarlowTwinsTerms(jnp.sum(jnp.square(diagonal - 1.0)), off_diagonal)
 
 
@@ -345,6 +345,64 @@ def barlow_twins(
     )
 
 
+def numbers_sent(count: int, features: int, shards: int) -> dict[Form, float]:
+    """What one device sends for the value and the gradient of one H'H, in numbers.
+
+    With f = (shards - 1) / shards, the part of anything that others have,
+
+    all_to_all: 2 f N (D / shards + N)   a part of the features of all rows, there and
+                                         back, and the sum of the N x N products
+    gather:     f N D                    all the rows, from which each shard computes
+                                         its own rows of HH', and of the gradient
+    sum:        2 f D^2                  the sum of the D x D products
+
+    where D / shards is rounded up. For the x'y of two views (Barlow Twins) the first
+    two are twice that, once for either view, and the sum is the same.
+
+    Args:
+        count: N, the number of rows of the global batch.
+        features: D, the number of columns.
+        shards: over how many devices the rows are sharded.
+
+    Returns:
+        Numbers, by form; VICReg sends twice as many, for its two views.
+    """
+    columns = -(-features // shards)
+    numbers: dict[Form, int] = {
+        "all_to_all": 2 * count * (columns + count),
+        "gather": count * features,
+        "sum": 2 * features**2,
+    }
+    return {form: (shards - 1) * n / shards for form, n in numbers.items()}
+
+
+def cheapest_form(count: int, features: int, shards: int) -> Form:
+    """How shards compute the sum of squares of H'H together.
+
+    all_to_all where N < D / 2 - ceil(D / shards),
+    gather     from there while N < D,
+    sum        where N >= D.
+
+    All three divide the products among the shards, and of those that take the fewest,
+    N D min(N, D), it is the one that sends least. Between N = D and 2 D a gather would
+    send less than the sum of one H'H, at most half. It is not chosen there because it
+    takes N / D times the products, and because the diagonal of H'H, which for N >= D
+    can be nearly all of HH', would have to be subtracted from it.
+
+    Args:
+        count: N, the number of rows of the global batch.
+        features: D, the number of columns.
+        shards: over how many devices the rows are sharded; 1 sends nothing.
+
+    Returns:
+        The form, as in `numbers_sent`.
+    """
+    if count >= features:
+        return "sum"
+    sent = numbers_sent(count, features, shards)
+    return "all_to_all" if sent["all_to_all"] < sent["gather"] else "gather"
+
+
 def _mean_square(x, count, axis_name):
     # Divided before the square: it overflows only where the mean does.
     squares = jnp.square(x * (1.0 / count) ** 0.5)
@@ -359,32 +417,94 @@ def _std_hinge(squares, count, gamma, eps):
     return _hinge(numerics.std(squares / (count - 1), eps), gamma)
 
 
-def _without_diagonal(matrix):
-    return jnp.where(jnp.eye(matrix.shape[0], dtype=bool), 0.0, matrix)
-
-
-def _off_diagonal(h, squares, normalizer, axis_name):
-    """1/D sum_{i != j} C_ij^2, C = H'H / normalizer, by the smaller Gram matrix.
+def _covariance(h, squares, normalizer, axis_name):
+    """1/D sum_{i != j} C_ij^2, C = H'H / normalizer.
 
     `squares` is the diagonal of H'H, (D,).
     """
     features = h.shape[1]
-    by_example = batch_size(h, axis_name) < features
-    gram = example_gram(h, axis_name) if by_example else feature_gram(h, h, axis_name)
-    # The largest entry of a Gram matrix is on its diagonal. Divided by it, the entries
-    # are at most 1 and their squares can neither overflow nor all underflow.
-    diagonal = jnp.where(jnp.eye(gram.shape[0], dtype=bool), gram, 0.0)
-    largest = lax.stop_gradient(jnp.max(diagonal))
-    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    gram = gram / unit
-    if by_example:
-        total = jnp.sum(jnp.square(gram))
-        sum_of_squares = numerics.nonnegative(
-            total - jnp.sum(jnp.square(squares / unit))
-        )
+    # In units of the columns' mean length no product is above D, and their squares can
+    # neither overflow nor all underflow. The result does not depend on the unit.
+    unit = jnp.sqrt(lax.stop_gradient(jnp.sum(squares * (1.0 / features))))
+    unit = jnp.where(unit == 0, jnp.ones_like(unit), unit)
+    scaled = squares / unit / unit
+    sum_of_squares = _off_diagonal((h / unit,), scaled, axis_name)
+    # Multiplied in steps: the product is infinite only where the value is. 0 * inf
+    # cannot arise, since `unit` is finite but where the squares overflowed.
+    scale = unit * (unit * (1.0 / (float(normalizer) * features**0.5)))
+    return jnp.where(jnp.isposinf(unit), jnp.inf, sum_of_squares * scale * scale)
+
+
+def _off_diagonal(views, diagonal, axis_name):
+    """sum_{i != j} C_ij^2 of C = x'y over the global batch.
+
+    `views` are x and y, or x alone for C = x'x; `diagonal` is that of C, (D,).
+    """
+    x = views[0]
+    form = cheapest_form(batch_size(x, axis_name), x.shape[1], axis_size(axis_name))
+    total = _sum_of_squares(views, form, axis_name)
+    if form == "sum":
+        return total
+    return numerics.nonnegative(total - jnp.sum(jnp.square(diagonal)))
+
+
+# The rule of derivatives is what lets a gradient be computed from what was sent for the
+# value: the products are symmetric in the rows of the batch, so a shard's part of the
+# gradient is that of its own rows. A transposed collective would send as much again.
+# With a derivative of the products, not a constant, it holds to any order.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _sum_of_squares(views, form, axis_name):
+    """sum_ij C_ij^2 of C = x'y over the global batch; by "sum" without i = j."""
+    value, _ = _products(views, form, axis_name)
+    return value
+
+
+@_sum_of_squares.defjvp
+def _sum_of_squares_jvp(form, axis_name, primals, tangents):
+    (views,), (changes,) = primals, tangents
+    value, gradients = _products(views, form, axis_name)
+    change = jnp.zeros_like(value)
+    for gradient, of_view in zip(gradients(), changes, strict=True):
+        change = change + jnp.sum(gradient * of_view)
+    return value, psum(change, axis_name)
+
+
+def _products(views, form, axis_name):
+    """The value of `_sum_of_squares`, and a function for its gradients: (N, D) each."""
+    x, y = views[0], views[-1]
+    factor = 4.0 / len(views)
+    if form == "sum":
+        products = _without_diagonal(feature_gram(x, y, axis_name))  # (D, D)
+
+        def of_features():
+            both = (row_products(y, products), row_products(x, products.T))
+            return [factor * gradient for gradient in both[: len(views)]]
+
+        return jnp.sum(jnp.square(products)), of_features
+
+    # <xx', yy'>, of this shard's rows or, where features were exchanged, of all.
+    if form == "gather":
+        whole = [gather(view, axis_name) for view in views]  # (N_global, D)
+        products = [
+            row_products(view, rows) for view, rows in zip(views, whole, strict=True)
+        ]  # (N, N_global)
+        value = psum(jnp.sum(products[0] * products[-1]), axis_name)
     else:
-        sum_of_squares = jnp.sum(jnp.square(_without_diagonal(gram)))
-    # Multiplied in two steps: the product is infinite only where the value is. 0 * inf
-    # cannot arise, since `unit` is finite but where the Gram matrix overflowed.
-    scale = unit * (1.0 / (float(normalizer) * features**0.5))
-    return jnp.where(jnp.isposinf(largest), jnp.inf, sum_of_squares * scale * scale)
+        whole = [rows_for_features(view, axis_name) for view in views]
+        products = [psum(row_products(part, part), axis_name) for part in whole]
+        value = jnp.sum(products[0] * products[-1])
+
+    def of_examples():
+        gradients = [
+            factor * row_products(other, rows.T)
+            for other, rows in zip(products[::-1], whole, strict=True)
+        ]
+        if form == "gather":
+            return gradients
+        return [features_for_rows(g, x.shape[1], axis_name) for g in gradients]
+
+    return value, of_examples
+
+
+def _without_diagonal(matrix):
+    return jnp.where(jnp.eye(matrix.shape[0], dtype=bool), 0.0, matrix)
