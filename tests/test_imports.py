@@ -25,6 +25,10 @@ def test_arrays_in_arrays_out_needs_jax_only(package):
     assert not modules & (HEAVY | {"chex", "sklearn", "tyro"})
 
 
+def test_the_proof_kit_needs_no_network():
+    assert not _imported("import jemjax.testing") & HEAVY
+
+
 def test_the_data_package_needs_no_jax():
     modules = _imported("import jemjax.data")
     assert not modules & {"jax", "flax", "tensorflow"}

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class Loss(NamedTuple):
         constants: how many of the last arrays have no gradient.
         collapsed: the value for one same row (..., c, c, c), c != 0, in N rows of D.
         collapsed_at_zero: the value for zeros, where it is another.
+        blind: whether that is no more than the value of embeddings that are spread.
         wide: whether batches of fewer rows than columns take another route.
         sized: whether the value at collapse depends on the number of rows.
         ordered: whether the rows play different parts.
@@ -38,6 +39,7 @@ class Loss(NamedTuple):
     constants: int = 0
     collapsed: Callable[[int, int], float] | None = None
     collapsed_at_zero: float | None = None
+    blind: bool = False
     wide: bool = False
     sized: bool = False
     ordered: bool = False
@@ -57,6 +59,17 @@ class Loss(NamedTuple):
     def varied(self) -> int:
         """The number of arrays that have a gradient."""
         return self.count - self.constants
+
+    def contract(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """The arguments of `assert_loss_contract`, for arrays of that shape."""
+        return {
+            "shapes": [shape] * self.count,
+            "constants": range(self.varied, self.count),
+            "collapsed": self.collapsed(*shape) if self.blind else None,
+            "permutation": not self.ordered,
+            "numerical_gradients": not self.own_constants,
+            "largest": 1e20 if self.normalizing else 1e8,
+        }
 
 
 def _views(x, count):
@@ -145,6 +158,7 @@ TABLE = {
         losses.covariance_penalty,
         X,
         collapsed=lambda n, d: 0.0,
+        blind=True,
         wide=True,
         translated=True,
     ),
@@ -189,6 +203,7 @@ TABLE = {
         REGRESSED,
         constants=1,
         collapsed=lambda n, d: 0.0,
+        blind=True,
         normalizing=True,
         scaled=True,
     ),
@@ -197,6 +212,7 @@ TABLE = {
         REGRESSED,
         constants=1,
         collapsed=lambda n, d: -1.0,
+        blind=True,
         collapsed_at_zero=0.0,
         normalizing=True,
         scaled=True,
@@ -206,6 +222,7 @@ TABLE = {
         REGRESSED,
         constants=1,
         collapsed=lambda n, d: 0.0,
+        blind=True,
         normalizing=True,
         translated=True,
         direct=False,
@@ -215,6 +232,7 @@ TABLE = {
         REGRESSED,
         constants=1,
         collapsed=lambda n, d: 0.0,
+        blind=True,
         normalizing=True,
         translated=True,
         ordered=True,
@@ -225,6 +243,7 @@ TABLE = {
         REGRESSED,
         constants=1,
         collapsed=lambda n, d: 0.0,
+        blind=True,
         translated=True,
         direct=False,
     ),
@@ -256,5 +275,36 @@ TABLE = {
     ),
     "info_nce, queue": Loss(
         _queued, MATCHED, constants=1, normalizing=True, scaled=True, direct=False
+    ),
+}
+
+
+def _normalized_queue(query, key, queue, **keywords):
+    queue = queue.astype(jnp.float32)
+    lengths = jnp.sqrt(jnp.sum(jnp.square(queue), axis=1, keepdims=True) + 1e-12)
+    return losses.info_nce(query, key, queue / lengths, **keywords)
+
+
+# In the shapes of their own: a loss, the shapes of its arrays, what it promises.
+NATURAL = {
+    "swav": (
+        losses.swav,
+        [(2, 16, 12)],
+        {"batch_axes": 1, "numerical_gradients": False, "largest": 1e20},
+    ),
+    "dino": (
+        losses.dino,
+        [(3, 16, 12), (2, 16, 12), (12,)],
+        {"batch_axes": (1, 1, None), "constants": (1, 2), "largest": 1e20},
+    ),
+    "smooth_l1": (
+        losses.smooth_l1,
+        [(16, 3, 12), (16, 3, 12)],
+        {"batch_axes": 0, "constants": (1,), "collapsed": 0.0, "largest": 1e20},
+    ),
+    "info_nce, queue": (
+        _normalized_queue,
+        [(16, 12), (16, 12), (9, 12)],
+        {"batch_axes": (0, 0, None), "constants": (1, 2)},
     ),
 }
