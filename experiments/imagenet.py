@@ -4,7 +4,8 @@ jemjax data prepare folder PATH --name my_imagenet   # or read the folder as it 
 python experiments/imagenet.py --data folder:PATH    # with PATH/train and PATH/val
 
 The published linear accuracy is 68.6 % after 100 epochs and 73.2 % after 1000 (batch
-2048, learning rate 0.2). This recipe needs accelerators, and has not been run here.
+2048, learning rate 0.2). This recipe needs accelerators, and has not been run here;
+docs/tpu.md runs it on a TPU slice.
 """
 
 from _run import run
