@@ -109,6 +109,7 @@ def _pretrain(arguments: list[str]) -> None:
 
         from jemjax.methods import METHODS
         from jemjax.training.config import PretrainConfig, from_toml
+        from jemjax.training.hosts import leaving_at_once
         from jemjax.training.loop import pretrain
     except ImportError as error:
         raise UserError(
@@ -117,16 +118,16 @@ def _pretrain(arguments: list[str]) -> None:
     default = PretrainConfig(method=METHODS[name]())
     if path is not None:
         default = from_toml(Path(path), default)
-    pretrain(
-        _parse(
-            PretrainConfig,
-            f"pretrain {name}",
-            arguments,
-            default=default,
-            description=f"Trains a network with {name}, and measures what it learned."
-            " --config FILE reads a TOML file; options given here win over it.",
-        )
+    config = _parse(
+        PretrainConfig,
+        f"pretrain {name}",
+        arguments,
+        default=default,
+        description=f"Trains a network with {name}, and measures what it learned."
+        " --config FILE reads a TOML file; options given here win over it.",
     )
+    with leaving_at_once():
+        pretrain(config)
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -144,7 +145,11 @@ def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _evaluate(arguments: list[str]) -> None:
     def evaluate(
-        run: str, /, data: str | None = None, eval_data: str | None = None
+        run: str,
+        /,
+        data: str | None = None,
+        eval_data: str | None = None,
+        multihost: bool = False,
     ) -> None:
         """Measures a run's newest checkpoint.
 
@@ -152,15 +157,18 @@ def _evaluate(arguments: list[str]) -> None:
             run: the folder of the run.
             data: labelled images that are the neighbors; unless given, the run's.
             eval_data: of which the test part is asked about; unless given, `data`.
+            multihost: several hosts do it, as with `jemjax pretrain --multihost`.
         """
         from pathlib import Path
 
         from jemjax.runtime import tune_cpu
 
         tune_cpu()
+        from jemjax.training.hosts import leaving_at_once
         from jemjax.training.loop import evaluate
 
-        evaluate(Path(run), data=data, eval_data=eval_data)
+        with leaving_at_once():
+            evaluate(Path(run), data=data, eval_data=eval_data, multihost=multihost)
 
     _parse(evaluate, "evaluate", arguments)
 

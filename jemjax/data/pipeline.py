@@ -20,7 +20,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> "Batches":
     """This host's part of every global batch, without end.
 
     Each epoch has an order of its own; a batch may hold the end of one and the start
@@ -71,11 +71,14 @@ def batches(
         # Whole batches are dealt out to the workers and taken back in turn, so their
         # number changes nothing.
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _Stream(iter(dataset))
+    return Batches(iter(dataset))
 
 
-class _Stream(Iterator[dict[str, np.ndarray]]):
-    """Batches as plain arrays; ends its workers when it is dropped or Python exits."""
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Batches as plain arrays.
+
+    Their workers end when it is closed or dropped, or Python exits.
+    """
 
     def __init__(self, iterator: Any):
         self._iterators = [iterator]

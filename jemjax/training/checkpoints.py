@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jemjax.errors import CheckpointError
@@ -19,7 +20,10 @@ for _name in ("absl", "orbax"):
 
 
 class Checkpoints:
-    """The checkpoints of one run: `checkpoints/STEP` in its folder, the newest two."""
+    """The checkpoints of one run: `checkpoints/STEP` in its folder, the newest two.
+
+    Of several hosts each has its part in every method, and calls it with the others.
+    """
 
     def __init__(self, run: Path):
         self._manager = ocp.CheckpointManager(
@@ -40,6 +44,14 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
             force=True,
         )
+
+    def preempted(self, step: int) -> bool:
+        """Whether this step is to be the last, since a host has been sent SIGTERM.
+
+        It is the same on all hosts, each of which calls it after every step. Where jax
+        knows of no other hosts it is never so.
+        """
+        return self._manager.reached_preemption(step)
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The saved state, in the shapes, dtypes and shardings of `like`."""
@@ -72,11 +84,16 @@ class Checkpoints:
 
 
 def fingerprint(state: TrainState) -> str:
-    """SHA-256 over the bytes of every array of a state, by path."""
+    """SHA-256 over the bytes of every array of a state, by path.
+
+    It is the same wherever the arrays lie; of several hosts, each has to call it.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         array = np.asarray(leaf)
         digest.update(
             f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()

@@ -167,6 +167,11 @@ class PretrainConfig:
     loss is still that of the whole batch, but BatchNorm sees the parts"""
     fsdp: int = 1
     """devices over which parameters, targets and the optimizer's state are sharded"""
+    multihost: bool = False
+    """one run on several hosts, each of which is given the same command and sees the
+    same output folder; Cloud TPU, Slurm and Open MPI tell who they are, elsewhere
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID do"""
     resume: bool = False
     """continue if the output folder holds a run, else start"""
     overwrite: bool = False

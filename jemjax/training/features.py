@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from jemjax.augment import ViewRecipe, evaluation_view
 from jemjax.data import Source, spread
 from jemjax.methods import Method
-from jemjax.training.mesh import to_devices
+from jemjax.training.mesh import batch_sharding, replicated
 from jemjax.training.state import TrainState
 
 BATCH_SIZE = 512
@@ -125,7 +126,8 @@ class Embedder:
         self._method, self._mesh = method, mesh
         self._batch_size = math.ceil(BATCH_SIZE / mesh.size) * mesh.size
 
-        @jax.jit
+        # Whole on each device, so that each of several hosts can read them.
+        @functools.partial(jax.jit, out_shardings=replicated(mesh))
         def outputs(variables, loss_state, images):
             made: Any = network.apply(
                 variables, evaluation_view(images, recipe), train=False, predict=False
@@ -159,7 +161,10 @@ class Embedder:
         made = self._compiled(
             state.measured(self._method),
             state.loss_state,
-            to_devices(padded, self._mesh),
+            # Each of several hosts has all images, and gives its devices theirs.
+            jax.make_array_from_callback(
+                padded.shape, batch_sharding(self._mesh), padded.__getitem__
+            ),
         )
         return [np.asarray(array)[: len(images)] for array in made]
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ from jemjax.training.config import (
     to_toml,
 )
 from jemjax.training.features import Embedder, choose_examples, embed_examples
+from jemjax.training.hosts import connect, is_first, require_equal, stop, together
 from jemjax.training.measure import measure, measure_collapse, measure_knn
 from jemjax.training.mesh import (
     batch_sharding,
@@ -166,15 +169,27 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         UserError: for a configuration, data or an output folder that cannot be used.
     """
     began = time.monotonic()
-    display = display or Display()
-    source = _open(config.data, "train", config, display)
-    config = resolve(config, source)
-    assert config.steps and config.batch_size and config.output and config.eval_data
-    test = _open(config.eval_data, "test", config, display)
-    _check_test(config, source, test)
-    run = build(config, source)
-    run.check()
-    folder = _prepare_folder(config)
+    connect(config.multihost)
+    display = display or Display(quiet=not is_first())
+    with together():
+        source = _open(config.data, "train", config, display)
+        config = resolve(config, source)
+        assert config.steps and config.batch_size and config.output
+        test = _open(config.eval_data or config.data, "test", config, display)
+        _check_test(config, source, test)
+        run = build(config, source)
+        run.check()
+    require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
+    folder = Path(config.output)
+    with together():
+        if is_first():
+            _prepare_folder(config, folder)
+    with together():
+        if not (folder / "config.toml").exists():
+            raise UserError(
+                f"--output {folder}: the first host's files are not seen here; expected"
+                " a folder that all hosts share"
+            )
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
 
     state = untrained = run.init()
@@ -212,7 +227,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         "state_sha256": fingerprint(final),
         "versions": _versions(),
     }
-    if jax.process_index() == 0:
+    if is_first():
         write_json(folder / "results.json", results)
     display.results(results)
     if source.name == "digits":
@@ -246,7 +261,8 @@ def _train(
         past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
         return {"images_per_second": past[-1]["images_per_second"]} if past else {}
     monitor = choose_examples(source, test, config.eval_examples)
-    metrics_file = MetricsFile(folder / "metrics.jsonl", first + 1)
+    metrics_path = folder / "metrics.jsonl"
+    metrics_file = MetricsFile(metrics_path if is_first() else None, first + 1)
     stream = batches(
         source,
         batch_size=batch_size,
@@ -304,11 +320,19 @@ def _train(
                     display.say(f"step {step}: collapse, {sentence}")
                 metrics_file.write(row)
                 mark, marked = time.monotonic(), step
-            if _due(step, config.checkpoint_every) or step == total:
+            preempted = checkpoints.preempted(step)
+            if preempted or step == total or _due(step, config.checkpoint_every):
                 checkpoints.save(step, state)
+            if preempted:
+                stop(
+                    f"stopped by SIGTERM after step {step}, which is saved; the same"
+                    " command with --resume continues",
+                    128 + signal.SIGTERM,
+                )
     finally:
         display.stop()
         metrics_file.close()
+        stream.close()
     rate = counted * batch_size / training if training else 0.0
     return {
         "images_per_second": round(rate, 1),
@@ -325,9 +349,8 @@ def _terms(metrics) -> list[str]:
     return [name for name in metrics if name not in others]
 
 
-def _prepare_folder(config: PretrainConfig) -> Path:
-    """The run's folder, with its configuration in it; a used one is refused."""
-    folder = Path(config.output or "")
+def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
+    """Makes the run's folder, with its configuration in it; a used one is refused."""
     used = (folder / "config.toml").exists()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
@@ -346,9 +369,9 @@ def _prepare_folder(config: PretrainConfig) -> Path:
             " with --overwrite, or choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    text = to_toml(dataclasses.replace(config, resume=False, overwrite=False))
-    (folder / "config.toml").write_text(text)
-    return folder
+    # What a run is, not how it was started.
+    config = dataclasses.replace(config, resume=False, overwrite=False, multihost=False)
+    (folder / "config.toml").write_text(to_toml(config))
 
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
@@ -356,6 +379,7 @@ _FREE = {"output", "log_every", "eval_every", "eval_examples", "final_examples"}
     "checkpoint_every",
     "eval_data",
     "fsdp",
+    "multihost",
     "data_dir",
     "workers",
     "resume",
@@ -398,6 +422,7 @@ def evaluate(
     *,
     data: str | None = None,
     eval_data: str | None = None,
+    multihost: bool = False,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Measures the newest checkpoint of a run, on its own data or on other.
@@ -406,6 +431,7 @@ def evaluate(
         folder: the run.
         data: labelled images that are the neighbors; unless given, the run's.
         eval_data: of which the test part is asked about; unless given, `data`.
+        multihost: whether several hosts do it, each of which calls this.
         display: where progress is shown.
 
     Returns:
@@ -414,17 +440,21 @@ def evaluate(
     Raises:
         UserError: where there is no run or no checkpoint, or other data do not fit.
     """
-    display = display or Display()
-    config = load_config(folder)
-    same = data is None and eval_data is None
-    eval_data = eval_data or data or config.eval_data or config.data
-    data = data or config.data
-    source = _open(data, "train", config, display)
-    test = _open(eval_data, "test", config, display)
-    _check_test(
-        dataclasses.replace(config, data=data, eval_data=eval_data), source, test
-    )
-    run = build(config, source)
+    connect(multihost)
+    display = display or Display(quiet=not is_first())
+    with together():
+        config = load_config(folder)
+        same = data is None and eval_data is None
+        eval_data = eval_data or data or config.eval_data or config.data
+        data = data or config.data
+        source = _open(data, "train", config, display)
+        test = _open(eval_data, "test", config, display)
+        _check_test(
+            dataclasses.replace(config, data=data, eval_data=eval_data), source, test
+        )
+        # Sharded as in the run, as far as the devices here allow it.
+        fsdp = math.gcd(config.fsdp, jax.device_count())
+        run = build(dataclasses.replace(config, fsdp=fsdp), source)
     untrained = run.init()
     checkpoints = Checkpoints(folder)
     try:
@@ -446,7 +476,8 @@ def evaluate(
             display.say,
         ),
     }
-    write_json(folder / "evaluation.json", results)
+    if is_first():
+        write_json(folder / "evaluation.json", results)
     display.results(results)
     if not same:
         display.say(f"measured on {data} and {eval_data}, not on the run's own data")

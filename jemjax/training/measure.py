@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,6 +32,7 @@ from jemjax.training.features import (
     embed_examples,
     make_pixels,
 )
+from jemjax.training.hosts import is_first
 from jemjax.training.metrics import replacing
 from jemjax.training.state import TrainState
 
@@ -194,7 +194,7 @@ def measure(
             results["collapse"] = measure_collapse(embedded.test.features)
             results["embedding_collapse"] = measure_collapse(embedded.test.embedding)
             if embedder.num_prototypes:
-                if jax.process_index() == 0:
+                if is_first():
                     _write_clusters(clusters, embedded, examples)
                 results["clusters"] = measure_clusters(
                     embedded,

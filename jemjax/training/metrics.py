@@ -23,12 +23,16 @@ from rich.table import Table
 class MetricsFile:
     """`metrics.jsonl`: a line for each logged step, in order, each step once."""
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: Path | None, first_step: int):
         """Opens the file, and removes lines of `first_step` and after.
 
         Those are of a run that was interrupted after its last checkpoint, and is now
-        resumed from it; a last line that is cut off goes too.
+        resumed from it; a last line that is cut off goes too. Without a path nothing
+        is written.
         """
+        self._file: TextIO | None = None
+        if path is None:
+            return
         kept = [row for row in read_metrics(path) if row["step"] < first_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -37,12 +41,14 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -73,10 +79,10 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 class Display:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """A progress bar on a terminal, plain lines elsewhere; nothing if it is quiet."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._live = self.console.is_terminal
         self._progress: Progress | None = None
         self._task: Any = None

@@ -62,8 +62,8 @@ def test_a_run_writes_what_it_promises(finished):
     rows = read_metrics(folder / "metrics.jsonl")
     logged = [row["step"] for row in rows if "loss" in row]
     assert logged == [1, 5, 10, 15, 20, 25, 30, 35, 40]
-    first, last = rows[0], [row for row in rows if "loss" in row][-1]
-    assert last["loss"] < first["loss"]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert np.mean(losses[-4:]) < losses[0]  # of batches, so each is noisy
     assert any("knn" in row for row in rows)
 
 
@@ -290,7 +290,7 @@ def test_every_public_option_is_listed():
     done = _jemjax("pretrain", "vicreg", "--help")
     assert done.returncode == 0, done.stderr
     names = "data eval-data output backbone steps epochs batch-size seed eval-every"
-    for name in f"{names} checkpoint-every resume overwrite".split():
+    for name in f"{names} checkpoint-every multihost resume overwrite".split():
         assert f"--{name}" in done.stdout
     assert "--config" in done.stdout
 
