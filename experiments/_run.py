@@ -8,10 +8,13 @@ import tyro  # noqa: E402
 
 from jemjax.cli import reporting_errors  # noqa: E402
 from jemjax.training.config import PretrainConfig  # noqa: E402
+from jemjax.training.hosts import leaving_at_once  # noqa: E402
 from jemjax.training.loop import pretrain  # noqa: E402
 
 
 def run(recipe: PretrainConfig) -> None:
     """Trains by a recipe, with the changes that the command line makes to it."""
     with reporting_errors():
-        pretrain(tyro.cli(PretrainConfig, default=recipe))
+        config = tyro.cli(PretrainConfig, default=recipe)
+        with leaving_at_once():
+            pretrain(config)

@@ -149,6 +149,7 @@ def _evaluate(arguments: list[str]) -> None:
         /,
         data: str | None = None,
         eval_data: str | None = None,
+        data_dir: str | None = None,
         multihost: bool = False,
     ) -> None:
         """Measures a run's newest checkpoint.
@@ -157,6 +158,7 @@ def _evaluate(arguments: list[str]) -> None:
             run: the folder of the run.
             data: labelled images that are the neighbors; unless given, the run's.
             eval_data: of which the test part is asked about; unless given, `data`.
+            data_dir: where prepared data sets are; unless given, as in the run.
             multihost: several hosts do it, as with `jemjax pretrain --multihost`.
         """
         from pathlib import Path
@@ -168,7 +170,13 @@ def _evaluate(arguments: list[str]) -> None:
         from jemjax.training.loop import evaluate
 
         with leaving_at_once():
-            evaluate(Path(run), data=data, eval_data=eval_data, multihost=multihost)
+            evaluate(
+                Path(run),
+                data=data,
+                eval_data=eval_data,
+                data_dir=data_dir,
+                multihost=multihost,
+            )
 
     _parse(evaluate, "evaluate", arguments)
 

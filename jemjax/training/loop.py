@@ -104,11 +104,10 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         raise UserError(f"--{error}") from error
     parts = mesh.size * config.accumulate
     if config.batch_size % parts:
+        factor = f" x {config.accumulate} of --accumulate"
         raise UserError(
             f"--batch-size: got {config.batch_size}, expected a multiple of the"
-            f" {mesh.size} devices"
-            + f" x {config.accumulate} of --accumulate"
-            * (config.accumulate > 1)
+            f" {mesh.size} devices{factor if config.accumulate > 1 else ''}"
         )
     method = config.method
     try:
@@ -422,6 +421,7 @@ def evaluate(
     *,
     data: str | None = None,
     eval_data: str | None = None,
+    data_dir: str | None = None,
     multihost: bool = False,
     display: Display | None = None,
 ) -> dict[str, Any]:
@@ -431,6 +431,7 @@ def evaluate(
         folder: the run.
         data: labelled images that are the neighbors; unless given, the run's.
         eval_data: of which the test part is asked about; unless given, `data`.
+        data_dir: where prepared data sets are; unless given, as in the run.
         multihost: whether several hosts do it, each of which calls this.
         display: where progress is shown.
 
@@ -444,6 +445,8 @@ def evaluate(
     display = display or Display(quiet=not is_first())
     with together():
         config = load_config(folder)
+        if data_dir is not None:
+            config = dataclasses.replace(config, data_dir=data_dir)
         same = data is None and eval_data is None
         eval_data = eval_data or data or config.eval_data or config.data
         data = data or config.data
@@ -522,7 +525,14 @@ def _header(run: Run, source: Source, test: Source):
         f" at half-time",
     )
     devices = run.mesh.devices.flatten()
-    yield "devices", f"{len(devices)} x {devices[0].device_kind}"
+    hosts = jax.process_count()
+    yield (
+        "devices",
+        f"{len(devices)} x {devices[0].device_kind}"
+        + (f" of {hosts} hosts" if hosts > 1 else "")
+        + (f", parameters sharded over {config.fsdp}" if config.fsdp > 1 else "")
+        + (f", batches in {config.accumulate} parts" if config.accumulate > 1 else ""),
+    )
     yield "output", str(config.output)
 
 

@@ -31,8 +31,13 @@ def _command(*arguments):
     return [sys.executable, "-m", "jemjax.cli", *map(str, arguments)]
 
 
-def _jemjax(*arguments):
-    return subprocess.run(_command(*arguments), capture_output=True, text=True)
+def _jemjax(*arguments, **environment):
+    return subprocess.run(
+        _command(*arguments),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def _results(folder):
@@ -81,6 +86,24 @@ def test_evaluate_repeats_the_final_figures(finished):
     again = json.loads((folder / "evaluation.json").read_text())
     for protocol in ("knn", "knn_10_labels", "linear"):
         assert again[protocol] == pytest.approx(_results(folder)[protocol])
+
+
+def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
+    folder = tmp_path / "run"
+    options = [*TINY[1:], "--steps=3", "--final-examples=200", f"--output={folder}"]
+    done = _jemjax(
+        *("pretrain", "vicreg", "--fsdp=2", "--accumulate=4", *options),
+        JAX_NUM_CPU_DEVICES="4",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu, parameters sharded over 2, batches in 4 parts" in done.stdout
+    # On a device over which nothing can be sharded.
+    done = _jemjax("evaluate", folder, JAX_NUM_CPU_DEVICES="1")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert again["knn"]["trained"] == pytest.approx(
+        _results(folder)["knn"]["trained"], abs=0.02
+    )
 
 
 def _kill_and_resume(method, options, folder):
