@@ -6,7 +6,8 @@ static, and each example draws from a key of its own, so that its view depends n
 on the rest of the batch nor on the number of devices.
 
 `random_*` and `color_jitter` draw for each example what the deterministic operations
-apply; `make_views` applies a `ViewRecipe`. The arithmetic is torchvision's.
+apply; `make_views` applies a `ViewRecipe`. The arithmetic is torchvision's, or by name
+SimCLR's or BYOL's.
 """
 
 from jemjax.augment.blur import gaussian_blur, random_gaussian_blur
@@ -38,6 +39,7 @@ from jemjax.augment.masking import (
     random_patch_mask,
 )
 from jemjax.augment.published import (
+    byol_imagenet,
     byol_small,
     data2vec_imagenet,
     data2vec_small,
@@ -64,6 +66,7 @@ __all__ = [
     "adjust_hue",
     "adjust_saturation",
     "block_mask",
+    "byol_imagenet",
     "byol_small",
     "color_jitter",
     "crop_and_resize",

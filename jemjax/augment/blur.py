@@ -1,23 +1,28 @@
-"""Gaussian blur, as one product with a banded matrix on each side."""
+"""Gaussian blur, as a product with a banded matrix on each side."""
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jemjax.augment.geometry import resample
 from jemjax.augment.inputs import (
-    check_images,
     check_number,
     check_range,
     example_keys,
     happens,
     is_whole,
     per_example,
+    to_images,
+    to_planes,
     uniforms,
 )
 
 Padding = Literal["reflect", "zero"]
+
+# So many pixels of an axis are blurred by one product, with the pixels that they need.
+TILE = 32
 
 
 def gaussian_blur(
@@ -43,16 +48,12 @@ def gaussian_blur(
     Raises:
         ValueError: for wrong shapes, a sigma or kernel size out of range.
     """
-    images = check_images(images)
-    count, height, width, _ = images.shape
-    sigmas = per_example("sigma", sigma, images, 0, open_low=True)
-    sigmas = jnp.broadcast_to(sigmas[..., 0], (count, 1, 1))
-    radius = _radius(kernel_size, min(height, width))
+    planes = to_planes(images)
+    sigmas = per_example("sigma", sigma, len(planes), 0, open_low=True)
+    radius = _radius(kernel_size, min(planes.shape[1], planes.shape[3]))
     if padding not in ("reflect", "zero"):
         raise ValueError(f"padding: got {padding!r}, expected 'reflect' or 'zero'")
-    rows = _blur_matrix(sigmas, radius, height, padding)  # (N, H, H)
-    columns = _blur_matrix(sigmas, radius, width, padding)  # (N, W, W)
-    return resample(images, rows, columns)
+    return to_images(_blur(planes, sigmas[..., 0], radius, padding))
 
 
 def random_gaussian_blur(
@@ -61,6 +62,7 @@ def random_gaussian_blur(
     *,
     sigma: tuple[float, float] = (0.1, 2.0),
     probability: float,
+    padding: Padding = "reflect",
 ) -> jax.Array:
     """Blurs each image with the given probability, by a sigma drawn uniformly.
 
@@ -71,6 +73,7 @@ def random_gaussian_blur(
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         sigma: smallest and largest standard deviation in pixels, > 0.
         probability: in [0, 1].
+        padding: as of `gaussian_blur`.
 
     Returns:
         (N, H, W, C) float32.
@@ -78,12 +81,29 @@ def random_gaussian_blur(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    images = check_images(images)
+    planes = to_planes(images)
+    blurred = random_blur_planes(
+        key, planes, sigma=sigma, probability=probability, padding=padding
+    )
+    return to_images(blurred)
+
+
+def random_blur_planes(
+    key: jax.Array,
+    planes: jax.Array,
+    *,
+    sigma: tuple[float, float],
+    probability: float,
+    padding: Padding,
+) -> jax.Array:
+    """`random_gaussian_blur` of (N, H, C, W) float32, in that order."""
     smallest, largest = check_range("sigma", sigma)
     probability = check_number("probability", probability, 0, 1)
-    chance, amount = uniforms(example_keys(key, len(images)), 2)
-    blurred = gaussian_blur(images, smallest + (largest - smallest) * amount)
-    return jnp.where(happens(chance, probability), blurred, images)
+    chance, amount = uniforms(example_keys(key, len(planes)), 2)
+    sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
+    radius = _radius(None, min(planes.shape[1], planes.shape[3]))
+    blurred = _blur(planes, sigmas, radius, padding)
+    return jnp.where(happens(chance, probability), blurred, planes)
 
 
 def _radius(kernel_size: int | None, smaller_side: int) -> int:
@@ -101,23 +121,56 @@ def _radius(kernel_size: int | None, smaller_side: int) -> int:
     return kernel_size // 2
 
 
-def _blur_matrix(
-    sigma: jax.Array, radius: int, size: int, padding: Padding
+def _blur(
+    planes: jax.Array, sigma: jax.Array, radius: int, padding: Padding
 ) -> jax.Array:
-    """Weights (N, size, size) of each pixel in each blurred pixel, from (N, 1, 1)."""
+    """Blurs rows and columns: planes (N, H, C, W), sigma (N or 1, 1, 1)."""
+    sigma = jnp.broadcast_to(sigma, (len(planes), 1, 1))
+    _, height, _, width = planes.shape
+    rows = _bands(sigma, radius, height, padding)
+    columns = rows if width == height else _bands(sigma, radius, width, padding)
+    # At full precision, or the pixels would be those of another image on a TPU.
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    planes = jnp.concatenate(
+        [einsum("nyh,nhcw->nycw", weights, planes[:, part]) for part, weights in rows],
+        axis=1,
+    )
+    return jnp.concatenate(
+        [einsum("nycw,nxw->nycx", planes[..., part], w) for part, w in columns], axis=3
+    )
+
+
+def _bands(
+    sigma: jax.Array, radius: int, size: int, padding: Padding
+) -> list[tuple[slice, jax.Array]]:
+    """The band of the matrix that blurs an axis, in pieces, each of `TILE` rows.
+
+    Returns:
+        For each piece the pixels within the radius, and their weights (N, rows, those).
+    """
 
     def kernel(distance):
         weights = jnp.exp(-0.5 * jnp.square(distance / sigma))
         return jnp.where(jnp.abs(distance) <= radius, weights, 0.0)
 
-    taps = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
-    total = jnp.sum(kernel(taps), axis=-1, keepdims=True)
-    target = jnp.arange(size, dtype=jnp.float32)[:, None]
-    source = jnp.arange(size, dtype=jnp.float32)
-    weights = kernel(source - target)
-    if padding == "reflect":
-        # Pixel s is also at -s and at 2 (size - 1) - s, its mirror images.
-        last = size - 1
-        weights += jnp.where(source > 0, kernel(source + target), 0.0)
-        weights += jnp.where(source < last, kernel(2 * last - source - target), 0.0)
-    return weights / total
+    total = jnp.sum(kernel(_numbers(-radius, radius + 1)), axis=-1, keepdims=True)
+    last = size - 1
+    bands = []
+    for start in range(0, size, TILE):
+        stop = min(start + TILE, size)
+        first, end = max(0, start - radius), min(size, stop + radius)
+        target, source = _numbers(start, stop)[:, None], _numbers(first, end)
+        weights = kernel(source - target)
+        # Pixel s is also at -s and at 2 (size - 1) - s, its mirror images, which are no
+        # nearer than s itself.
+        if padding == "reflect" and first == 0:
+            weights += jnp.where(source > 0, kernel(source + target), 0.0)
+        if padding == "reflect" and end == size:
+            mirrored = kernel(2 * last - source - target)
+            weights += jnp.where(source < last, mirrored, 0.0)
+        bands.append((slice(first, end), weights / total))
+    return bands
+
+
+def _numbers(start: int, stop: int) -> jax.Array:
+    return jnp.arange(start, stop, dtype=jnp.float32)

@@ -1,50 +1,76 @@
-"""What happens to the colors of a view, in torchvision's arithmetic."""
+"""What happens to the colors of a view, in torchvision's arithmetic or another's."""
 
 import itertools
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jemjax.augment.inputs import (
-    check_images,
     check_number,
     example_keys,
     happens,
     is_number,
     materialize,
     per_example,
+    to_images,
+    to_planes,
     uniforms,
 )
+
+# In which the published codes differ:
+#
+#                torchvision                simclr                   byol
+# brightness     factor x                   factor x                 x + amount
+# contrast       about the mean gray        about each channel's     as simclr
+#                                           mean
+# saturation     a blend with gray          times the saturation     as simclr
+#                                           of HSV
+Arithmetic = Literal["torchvision", "simclr", "byol"]
 
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, in ITU-R BT.601
 
 
-def adjust_brightness(images: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Mixes each image with black: clip(factor x, 0, 1).
+def adjust_brightness(
+    images: jax.Array,
+    factor: jax.Array | float,
+    *,
+    arithmetic: Arithmetic = "torchvision",
+) -> jax.Array:
+    """Mixes each image with black: clip(f x, 0, 1); BYOL's form: clip(x + f, 0, 1).
 
     Args:
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
-        factor: scalar or (N,), >= 0; 1 changes nothing.
+        factor: scalar or (N,), >= 0; 1 changes nothing. BYOL's: in [-1, 1]; 0 changes
+            nothing.
+        arithmetic: whose: "torchvision" and "simclr" are the same, or "byol".
 
     Returns:
         (N, H, W, C) float32 in [0, 1].
 
     Raises:
-        ValueError: for wrong shapes, or a factor below 0.
+        ValueError: for wrong shapes, or a factor out of range.
     """
-    images = check_images(images)
-    factor = per_example("factor", factor, images, 0)
-    return jnp.clip(factor * images, 0, 1)
+    return _adjust("brightness", images, factor, arithmetic)
 
 
-def adjust_contrast(images: jax.Array, factor: jax.Array | float) -> jax.Array:
+def adjust_contrast(
+    images: jax.Array,
+    factor: jax.Array | float,
+    *,
+    arithmetic: Arithmetic = "torchvision",
+) -> jax.Array:
     """Mixes each image with its mean gray: clip(f x + (1 - f) mean(gray), 0, 1).
 
+    SimCLR's and BYOL's mix each channel with its own mean.
+
     Args:
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         factor: scalar or (N,), >= 0; 1 changes nothing.
+        arithmetic: whose: "torchvision", "simclr" or "byol".
 
     Returns:
         (N, H, W, C) float32 in [0, 1].
@@ -52,18 +78,24 @@ def adjust_contrast(images: jax.Array, factor: jax.Array | float) -> jax.Array:
     Raises:
         ValueError: for wrong shapes, or a factor below 0.
     """
-    images = check_images(images)
-    factor = per_example("factor", factor, images, 0)
-    mean = jnp.mean(_gray(images), axis=(1, 2, 3), keepdims=True)  # (N, 1, 1, 1)
-    return _blend(images, mean, factor)
+    return _adjust("contrast", images, factor, arithmetic)
 
 
-def adjust_saturation(images: jax.Array, factor: jax.Array | float) -> jax.Array:
+def adjust_saturation(
+    images: jax.Array,
+    factor: jax.Array | float,
+    *,
+    arithmetic: Arithmetic = "torchvision",
+) -> jax.Array:
     """Mixes each pixel with its gray: clip(f x + (1 - f) gray, 0, 1).
+
+    SimCLR's and BYOL's multiply the saturation of HSV: min(f S, 1), at the same hue and
+    value.
 
     Args:
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         factor: scalar or (N,), >= 0; 1 changes nothing.
+        arithmetic: whose: "torchvision", "simclr" or "byol".
 
     Returns:
         (N, H, W, C) float32 in [0, 1]; one-channel images as they are.
@@ -71,11 +103,7 @@ def adjust_saturation(images: jax.Array, factor: jax.Array | float) -> jax.Array
     Raises:
         ValueError: for wrong shapes, or a factor below 0.
     """
-    images = check_images(images)
-    factor = per_example("factor", factor, images, 0)
-    if images.shape[-1] == 1:
-        return images
-    return _blend(images, _gray(images), factor)
+    return _adjust("saturation", images, factor, arithmetic)
 
 
 def adjust_hue(images: jax.Array, factor: jax.Array | float) -> jax.Array:
@@ -91,11 +119,11 @@ def adjust_hue(images: jax.Array, factor: jax.Array | float) -> jax.Array:
     Raises:
         ValueError: for wrong shapes, or a factor out of range.
     """
-    images = check_images(images)
-    factor = per_example("factor", factor, images, -0.5, 0.5)
-    if images.shape[-1] == 1:
-        return images
-    return _turn_hue(images, factor)
+    planes = to_planes(images)
+    factor = per_example("factor", factor, len(planes), -0.5, 0.5)
+    if planes.shape[2] == 1:
+        return to_images(planes)
+    return to_images(_turn_hue(planes, factor))
 
 
 def to_grayscale(images: jax.Array) -> jax.Array:
@@ -110,8 +138,7 @@ def to_grayscale(images: jax.Array) -> jax.Array:
     Raises:
         ValueError: for wrong shapes.
     """
-    images = check_images(images)
-    return jnp.broadcast_to(_gray(images), images.shape)
+    return to_images(_remove_color(to_planes(images)))
 
 
 def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array:
@@ -127,9 +154,8 @@ def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array
     Raises:
         ValueError: for wrong shapes, or a threshold out of range.
     """
-    images = check_images(images)
-    threshold = per_example("threshold", threshold, images, 0, 1)
-    return jnp.where(images >= threshold, 1 - images, images)
+    planes = to_planes(images)
+    return to_images(_solarize(planes, threshold))
 
 
 def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
@@ -147,12 +173,16 @@ def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     Raises:
         ValueError: for wrong shapes, or a std that is not positive.
     """
-    images = check_images(images)
-    channels = images.shape[-1]
+    return to_images(normalize_planes(to_planes(images), mean, std))
+
+
+def normalize_planes(planes: jax.Array, mean: Any, std: Any) -> jax.Array:
+    """`normalize` of (N, H, C, W) float32, in that order."""
     if not np.all(np.asarray(std) > 0):
         raise ValueError(f"std: got {std}, expected numbers > 0")
+    channels = planes.shape[2]
     mean = _of_channels("mean", mean, channels)
-    return (images - mean) / _of_channels("std", std, channels)
+    return (planes - mean) / _of_channels("std", std, channels)
 
 
 def color_jitter(
@@ -164,13 +194,14 @@ def color_jitter(
     saturation: float,
     hue: float,
     probability: float,
+    arithmetic: Arithmetic = "torchvision",
 ) -> jax.Array:
     """Changes brightness, contrast, saturation and hue by random amounts and order.
 
     For each image, with the given probability, the four adjustments with a factor
-    uniform in [max(0, 1 - strength), 1 + strength], for hue in [-hue, hue], in one of
-    all their orders, the result clipped to [0, 1] after each (torchvision's
-    ColorJitter; Howard, 2013, arXiv:1312.5402).
+    uniform in [max(0, 1 - strength), 1 + strength], for hue and BYOL's brightness in
+    [-strength, strength], in one of all their orders, the result clipped to [0, 1]
+    after each (torchvision's ColorJitter; Howard, 2013, arXiv:1312.5402).
 
     Args:
         key: one key, folded with each row's index, or N keys.
@@ -180,6 +211,7 @@ def color_jitter(
         saturation: strength, >= 0; unused for one-channel images.
         hue: strength in full turns, in [0, 0.5]; unused for one-channel images.
         probability: of changing an image at all, in [0, 1].
+        arithmetic: whose: "torchvision", "simclr" or "byol".
 
     Returns:
         (N, H, W, C) float32 in [0, 1].
@@ -187,28 +219,25 @@ def color_jitter(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    images = check_images(images)
-    saturation = check_number("saturation", saturation, 0)
-    hue = check_number("hue", hue, 0, 0.5)
-    if images.shape[-1] == 1:
-        saturation = hue = 0.0
+    planes = to_planes(images)
     jitter = random_jitter(
         key,
-        len(images),
+        len(planes),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
         hue=hue,
         probability=probability,
+        arithmetic=arithmetic,
     )
-    return apply_jitter(images, jitter)
+    return to_images(apply_jitter(planes, jitter, arithmetic))
 
 
 class Jitter(NamedTuple):
     """What is drawn for each image: B <= 3 blends, in some order, and a turn of hue."""
 
     factors: dict[str, jax.Array]
-    """(N,) by the name of the blend; 1 changes nothing"""
+    """(N,) by the name of the blend; 1, of BYOL's brightness 0, changes nothing"""
     order: jax.Array
     """(N, B) which of `factors` comes first, second, third"""
     turns: jax.Array | None
@@ -226,6 +255,7 @@ def random_jitter(
     saturation: float,
     hue: float,
     probability: float,
+    arithmetic: Arithmetic = "torchvision",
 ) -> Jitter:
     """The draws of `color_jitter` for `count` examples; arguments and errors as there.
 
@@ -246,8 +276,10 @@ def random_jitter(
     factors = {}
     for draw, (name, strength) in zip(for_factors, strengths.items(), strict=True):
         if not _is_zero(strength):
-            low, high = jnp.maximum(1 - strength, 0.0), 1 + strength
-            factors[name] = jnp.where(applied, low + (high - low) * draw, 1.0)
+            low, neutral, high = jnp.maximum(1 - strength, 0.0), 1.0, 1 + strength
+            if _is_shift(name, arithmetic):
+                low, neutral, high = -strength, 0.0, strength
+            factors[name] = jnp.where(applied, low + (high - low) * draw, neutral)
     turns = None
     if not _is_zero(hue):
         turns = jnp.where(applied, hue * (2 * for_turn - 1), 0.0)
@@ -257,33 +289,127 @@ def random_jitter(
     return Jitter(factors, order, turns, place)
 
 
-def apply_jitter(images: jax.Array, jitter: Jitter) -> jax.Array:
+def apply_jitter(
+    planes: jax.Array, jitter: Jitter, arithmetic: Arithmetic = "torchvision"
+) -> jax.Array:
     """Does to each image what was drawn for it.
 
     Args:
-        images: (N, H, W, C) float32 in [0, 1].
-        jitter: of N examples.
+        planes: (N, H, C, W) float32 in [0, 1].
+        jitter: of N examples; saturation and hue are nothing to one channel.
+        arithmetic: that of `random_jitter`.
 
     Returns:
-        (N, H, W, C) float32 in [0, 1].
+        (N, H, C, W) float32 in [0, 1].
     """
 
     # Which blend a slot of the order holds differs between the images of a batch, so
     # each slot computes one blend with the factor and the pivot of its own image.
-    # Hue, the costly one, is computed once, between two passes over the slots: the
-    # first blends the slots before it, the second those after it.
-    def blend_slots(images, enabled):
-        for slot, chosen in enumerate(jitter.order.T):
-            images = _blend_chosen(images, jitter.factors, chosen, enabled(slot))
-        return images
+    def blend_slot(planes, slot, enabled):
+        planes = materialize(planes)
+        chosen = _Blend(1.0, 0.0, 0.0)
+        blends = _blends(planes, jitter.factors, arithmetic)
+        for number, blend in enumerate(blends):
+            taken = (jitter.order[:, slot] == number) & enabled
+            taken = taken.reshape(-1, 1, 1, 1)
+            chosen = _Blend(
+                *(jnp.where(taken, *pair) for pair in zip(blend, chosen, strict=True))
+            )
+        return _clip(chosen.of(planes))
 
-    if jitter.turns is None:
-        return blend_slots(images, lambda slot: True)
-    images = blend_slots(images, lambda slot: slot < jitter.place)
-    images = materialize(images)
-    turns = jitter.turns.reshape(-1, 1, 1, 1)
-    images = jnp.where(turns == 0, images, _turn_hue(images, turns))
-    return blend_slots(images, lambda slot: slot >= jitter.place)
+    def turn(planes):
+        planes = materialize(planes)
+        turns = jitter.turns.reshape(-1, 1, 1, 1)
+        return jnp.where(turns == 0, planes, _turn_hue(planes, turns))
+
+    return _in_order(planes, jitter, blend_slot, turn if planes.shape[2] > 1 else None)
+
+
+def _in_order(state, jitter: Jitter, blend_slot, turn):
+    """Applies the blends of all slots, and the turn of hue at its place among them.
+
+    Hue, the costly one, is computed once, between two passes over the slots: the first
+    does the slots before it, the second those after it.
+    """
+    slots = range(jitter.order.shape[1])
+    if jitter.turns is None or turn is None:
+        for slot in slots:
+            state = blend_slot(state, slot, True)
+        return state
+    for slot in slots:
+        state = blend_slot(state, slot, slot < jitter.place)
+    state = turn(state)
+    for slot in slots:
+        state = blend_slot(state, slot, slot >= jitter.place)
+    return state
+
+
+def fused_color(
+    planes: jax.Array, jitter: Jitter | None, grayed: jax.Array | None
+) -> jax.Array:
+    """Jitter and grayscale as one matrix and one offset an image: M x + o.
+
+    The adjustments in their order, each of which is linear in a pixel's channels when
+    nothing is clipped between them; contrast's pivot follows the mean along. Hue is
+    turned about the gray axis, which is HSV's turn for thirds of it. What is clipped is
+    the result, and that only by the caller.
+
+    Args:
+        planes: (N, H, C, W) float32.
+        jitter: of N examples, in torchvision's arithmetic.
+        grayed: (N,) bool, which images lose their color.
+
+    Returns:
+        (N, H, C, W) float32, not clipped.
+    """
+    channels = planes.shape[2]
+    luma = jnp.array(LUMA if channels == 3 else (1.0,), jnp.float32)
+    identity = jnp.eye(channels)
+    to_gray = jnp.broadcast_to(luma, (channels, channels))
+    start = jnp.mean(planes, axis=(1, 3))[..., None]  # (N, C, 1)
+    # The last column is the offset: (N, C, C + 1).
+    whole = jnp.tile(jnp.eye(channels, channels + 1), (len(planes), 1, 1))
+
+    def times(matrices, whole):
+        return jnp.matmul(matrices, whole, precision=lax.Precision.HIGHEST)
+
+    def blend_slot(whole, slot, enabled):
+        mean = times(whole[..., :channels], start) + whole[..., channels:]
+        pivots = {
+            "brightness": (0.0, 0.0),
+            "contrast": (0.0, jnp.sum(luma[:, None] * mean, axis=1, keepdims=True)),
+            "saturation": (to_gray, 0.0),
+        }
+        factor, of_pixel, constant = jnp.ones((len(whole), 1, 1)), 0.0, 0.0
+        for number, (name, amount) in enumerate(jitter.factors.items()):
+            taken = ((jitter.order[:, slot] == number) & enabled)[:, None, None]
+            factor = jnp.where(taken, amount[:, None, None], factor)
+            of_pixel = jnp.where(taken, pivots[name][0], of_pixel)
+            constant = jnp.where(taken, pivots[name][1], constant)
+        whole = times(factor * identity + (1 - factor) * of_pixel, whole)
+        return whole.at[..., channels].add(((1 - factor) * constant)[..., 0])
+
+    def turn(whole):
+        return times(_rotation(jitter.turns), whole)
+
+    if jitter is not None:
+        whole = _in_order(whole, jitter, blend_slot, turn if channels > 1 else None)
+    if grayed is not None:
+        whole = jnp.where(grayed[:, None, None], times(to_gray, whole), whole)
+    mixed = whole[:, None, :, channels, None]  # (N, 1, C, 1)
+    for channel in range(channels):
+        weight = whole[:, None, :, channel, None]
+        mixed = mixed + weight * planes[:, :, channel : channel + 1]
+    return mixed
+
+
+def _rotation(turns: jax.Array) -> jax.Array:
+    """About the axis of the grays, by Rodrigues' formula: (N,) -> (N, 3, 3)."""
+    angle = (2 * math.pi * turns)[:, None, None]
+    mean = jnp.full((3, 3), 1 / 3)
+    # Of red to green to blue.
+    across = jnp.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    return jnp.cos(angle) * (jnp.eye(3) - mean) + mean + jnp.sin(angle) * across
 
 
 def random_grayscale(
@@ -302,10 +428,15 @@ def random_grayscale(
     Raises:
         ValueError: for wrong shapes, or a probability out of range.
     """
-    images = check_images(images)
+    planes = to_planes(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images)), 1)
-    return jnp.where(happens(chance, probability), to_grayscale(images), images)
+    (chance,) = uniforms(example_keys(key, len(planes)), 1)
+    return to_images(gray_planes(planes, chance < probability))
+
+
+def gray_planes(planes: jax.Array, grayed: jax.Array) -> jax.Array:
+    """Removes color where `grayed` (N,): (N, H, C, W) as it is."""
+    return jnp.where(grayed.reshape(-1, 1, 1, 1), _remove_color(planes), planes)
 
 
 def random_solarize(
@@ -329,59 +460,120 @@ def random_solarize(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    images = check_images(images)
+    return to_images(
+        random_solarize_planes(key, to_planes(images), probability, threshold)
+    )
+
+
+def random_solarize_planes(
+    key: jax.Array, planes: jax.Array, probability: float, threshold: float
+) -> jax.Array:
+    """`random_solarize` of (N, H, C, W) float32, in that order."""
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images)), 1)
-    inverted = solarize(images, threshold)
-    return jnp.where(happens(chance, probability), inverted, images)
+    (chance,) = uniforms(example_keys(key, len(planes)), 1)
+    inverted = _solarize(planes, threshold)
+    return jnp.where(happens(chance, probability), inverted, planes)
 
 
-def _gray(images: jax.Array) -> jax.Array:
-    """(N, H, W, C) -> (N, H, W, 1)."""
-    if images.shape[-1] == 1:
-        return images
-    red, green, blue = images[..., :1], images[..., 1:2], images[..., 2:]
+def _adjust(
+    name: str, images: jax.Array, factor: jax.Array | float, arithmetic: Arithmetic
+) -> jax.Array:
+    check_arithmetic("arithmetic", arithmetic)
+    planes = to_planes(images)
+    limits = (-1, 1) if _is_shift(name, arithmetic) else (0, math.inf)
+    factor = per_example("factor", factor, len(planes), *limits)
+    (blend,) = _blends(planes, {name: factor}, arithmetic)
+    # One channel has no saturation: the blend with it is a change of nothing.
+    return to_images(_clip(blend.of(planes)))
+
+
+def check_arithmetic(name: str, arithmetic: Arithmetic) -> None:
+    """Refuses an arithmetic that is not known."""
+    known = ("torchvision", "simclr", "byol")
+    if arithmetic not in known:
+        raise ValueError(f"{name}: got {arithmetic!r}, expected one of {known}")
+
+
+def _is_shift(name: str, arithmetic: Arithmetic) -> bool:
+    return name == "brightness" and arithmetic == "byol"
+
+
+class _Blend(NamedTuple):
+    """factor x + (1 - factor) pivot + shift, each of any shape that broadcasts."""
+
+    factor: Any
+    pivot: Any
+    shift: Any
+
+    def of(self, planes: jax.Array) -> jax.Array:
+        return self.factor * planes + (1 - self.factor) * self.pivot + self.shift
+
+
+def _blends(
+    planes: jax.Array, factors: dict[str, jax.Array], arithmetic: Arithmetic
+) -> list[_Blend]:
+    """What brightness, contrast and saturation do: blends, with different pivots.
+
+    Factor 1 leaves an image as it is, to the bit.
+    """
+    gray = _gray(planes)  # (N, H, 1, W)
+    own = arithmetic != "torchvision"
+    blends = []
+    for name, factor in factors.items():
+        factor = factor.reshape(-1, 1, 1, 1)
+        if _is_shift(name, arithmetic):
+            blends.append(_Blend(1.0, 0.0, factor))
+        elif name == "brightness":
+            blends.append(_Blend(factor, 0.0, 0.0))
+        elif name == "contrast":
+            mean = jnp.mean(planes if own else gray, axis=(1, 3), keepdims=True)
+            blends.append(_Blend(factor, mean, 0.0))
+        elif planes.shape[2] == 1:
+            blends.append(_Blend(1.0, 0.0, 0.0))
+        elif own:
+            # At the same hue a saturation f S, at most 1, is a blend with the value.
+            value = jnp.max(planes, axis=2, keepdims=True)
+            chroma = value - jnp.min(planes, axis=2, keepdims=True)
+            most = value / jnp.where(chroma == 0, 1.0, chroma)
+            blends.append(
+                _Blend(
+                    jnp.where(factor == 1, 1.0, jnp.minimum(factor, most)), value, 0.0
+                )
+            )
+        else:
+            blends.append(_Blend(factor, gray, 0.0))
+    return blends
+
+
+def _clip(planes: jax.Array) -> jax.Array:
+    return jnp.clip(planes, 0, 1)
+
+
+def _gray(planes: jax.Array) -> jax.Array:
+    """(N, H, C, W) -> (N, H, 1, W)."""
+    if planes.shape[2] == 1:
+        return planes
+    red, green, blue = planes[:, :, :1], planes[:, :, 1:2], planes[:, :, 2:]
     return materialize(LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)
 
 
-def _blend(images: jax.Array, pivot: jax.Array, factor: jax.Array) -> jax.Array:
-    return jnp.clip(factor * images + (1 - factor) * pivot, 0, 1)
+def _remove_color(planes: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(_gray(planes), planes.shape)
 
 
-def _blend_chosen(
-    images: jax.Array,
-    factors: dict[str, jax.Array],
-    chosen: jax.Array,
-    enabled: jax.Array | bool,
-) -> jax.Array:
-    """Applies to each image its chosen blend of `factors`, where that is enabled.
-
-    Brightness, contrast and saturation are the same blend: with black, with the mean
-    gray and with the gray of each pixel. Factor 1 leaves an image as it is, to the bit.
-    """
-    images = materialize(images)
-    gray = _gray(images)  # (N, H, W, 1)
-    pivots = {
-        "brightness": 0.0,
-        "contrast": jnp.mean(gray, axis=(1, 2, 3), keepdims=True),
-        "saturation": gray,
-    }
-    factor, pivot = jnp.ones(chosen.shape, jnp.float32), jnp.float32(0)
-    for number, name in enumerate(factors):
-        is_chosen = chosen == number  # (N,)
-        factor = jnp.where(is_chosen & enabled, factors[name], factor)
-        pivot = jnp.where(is_chosen.reshape(-1, 1, 1, 1), pivots[name], pivot)
-    return _blend(images, pivot, factor.reshape(-1, 1, 1, 1))
+def _solarize(planes: jax.Array, threshold: jax.Array | float) -> jax.Array:
+    threshold = per_example("threshold", threshold, len(planes), 0, 1)
+    return jnp.where(planes >= threshold, 1 - planes, planes)
 
 
-def _turn_hue(images: jax.Array, turns: jax.Array) -> jax.Array:
+def _turn_hue(planes: jax.Array, turns: jax.Array) -> jax.Array:
     """Hue + turns in HSV, without saturation and value, which stay as they are.
 
     With the hue h in sixths of a turn, the channels are
     largest - (largest - smallest) clip(min(k, 4 - k), 0, 1), k = (offset + h) mod 6,
     with the offset 5 for red, 3 for green and 1 for blue.
     """
-    red, green, blue = images[..., 0], images[..., 1], images[..., 2]  # (N, H, W)
+    red, green, blue = (planes[:, :, i : i + 1] for i in range(3))  # (N, H, 1, W) each
     largest = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = largest - jnp.minimum(jnp.minimum(red, green), blue)
     sector = jnp.where(
@@ -390,15 +582,16 @@ def _turn_hue(images: jax.Array, turns: jax.Array) -> jax.Array:
         jnp.where(largest == green, blue - red, red - green),
     )
     offset = jnp.where(largest == red, 0.0, jnp.where(largest == green, 2.0, 4.0))
-    hue = offset + sector / jnp.where(chroma == 0, 1.0, chroma) + 6 * turns[..., 0]
+    hue = offset + sector / jnp.where(chroma == 0, 1.0, chroma) + 6 * turns
 
-    k = hue[..., None] + jnp.array([5, 3, 1], jnp.float32)  # (N, H, W, 3)
+    k = hue + jnp.array([[5], [3], [1]], jnp.float32)  # (N, H, 3, W)
     k = k - 6 * jnp.floor(k / 6)
     within = jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
-    return largest[..., None] - chroma[..., None] * within
+    return largest - chroma * within
 
 
 def _of_channels(name: str, values: Any, channels: int) -> np.ndarray:
+    """() or (C, 1), which broadcasts against (N, H, C, W)."""
     values = np.asarray(values, np.float32)
     if values.shape == (3,) and channels == 1:
         return values.mean()
@@ -407,7 +600,7 @@ def _of_channels(name: str, values: Any, channels: int) -> np.ndarray:
             f"{name}: got {values.tolist()}, expected a number, or one for each of"
             f" {channels} channels"
         )
-    return values
+    return values[..., None] if values.ndim else values
 
 
 def _is_zero(value: Any) -> bool:

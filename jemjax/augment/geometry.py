@@ -1,25 +1,29 @@
 """Where the pixels of a view come from: boxes, resizing and mirroring."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jemjax.augment.inputs import (
-    check_images,
     check_number,
     check_range,
     check_size,
     example_keys,
     happens,
+    to_images,
+    to_planes,
     uniforms,
 )
 
 Method = Literal["bilinear", "bicubic"]
 
 TRIES = 10  # boxes that are drawn before the centered one is taken
+# Up to this side rows and columns are mixed by products with whole matrices; of larger
+# images only the pixels that have a weight are read.
+LARGEST_PRODUCT = 64
 
 
 def random_resized_crop(
@@ -52,10 +56,12 @@ def random_resized_crop(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    images = check_images(images)
-    count, height, width, _ = images.shape
+    planes = to_planes(images)
+    check_method("method", method)
+    count, height, _, width = planes.shape
     boxes = random_boxes(key, count, (height, width), scale=scale, ratio=ratio)
-    return jnp.clip(crop_and_resize(images, boxes, size, method=method), 0, 1)
+    crop = crop_planes(planes, boxes, check_size("size", size), method)
+    return jnp.clip(to_images(crop), 0, 1)
 
 
 def random_boxes(
@@ -127,6 +133,9 @@ def crop_and_resize(
 ) -> jax.Array:
     """Cuts a box out of each image and resizes it: rows @ image @ columns'.
 
+    Most of the two matrices is zeros: of images above 64 pixels only what has a weight
+    is read and multiplied.
+
     With antialiasing an output pixel is the mean of the box's pixels under the kernel,
     stretched to the box's scale where it shrinks (Pillow's, and torch's antialiased,
     arithmetic; bicubic a = -0.5). Without, it interpolates the nearest 2 or 4 pixels
@@ -148,38 +157,74 @@ def crop_and_resize(
     Raises:
         ValueError: for wrong shapes, sizes or an unknown method.
     """
-    images = check_images(images)
-    count, height, width, _ = images.shape
-    out_height, out_width = check_size("size", size)
+    planes = to_planes(images)
+    out_size = check_size("size", size)
     check_method("method", method)
+    count = len(planes)
     if getattr(boxes, "shape", None) != (count, 4):
         raise ValueError(
             f"boxes: got {getattr(boxes, 'shape', boxes)!r}, expected shape"
             f" ({count}, 4), one box for each image"
         )
-    top, left, box_height, box_width = jnp.asarray(boxes).astype(jnp.float32).T  # (N,)
-    weights = _antialiased if antialias else _interpolating
-    rows = weights(top, box_height, height, out_height, method)  # (N, out_height, H)
-    columns = weights(left, box_width, width, out_width, method)  # (N, out_width, W)
-    return resample(images, rows, columns)
+    return to_images(crop_planes(planes, boxes, out_size, method, antialias=antialias))
 
 
-def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
-    """The whole image at another size, with antialiasing, clipped to [0, 1].
+def crop_planes(
+    planes: jax.Array,
+    boxes: jax.Array,
+    size: tuple[int, int],
+    method: Method,
+    *,
+    antialias: bool = True,
+    mirrored: jax.Array | None = None,
+) -> jax.Array:
+    """`crop_and_resize`, and the crop mirrored left to right where that is asked for.
 
     Args:
-        images: (N, H, W, C) float32 in [0, 1].
+        planes: (N, H, C, W) float32.
+        boxes: (N, 4) top, left, height, width in whole pixels.
+        size: height and width of the result.
+        method: "bilinear" or "bicubic".
+        antialias: whether the kernel is stretched where a box shrinks.
+        mirrored: (N,) bool.
+
+    Returns:
+        (N, height, C, width) float32.
+    """
+    _, height, _, width = planes.shape
+    # All pixels, or those that can have a weight.
+    whole = max(height, width) <= LARGEST_PRODUCT
+    weigh = _antialiased if antialias else _interpolating
+    top, left, box_height, box_width = jnp.asarray(boxes).astype(jnp.float32).T  # (N,)
+    rows = weigh(top, box_height, height, size[0], method, whole)
+    columns = weigh(left, box_width, width, size[1], method, whole)
+    if mirrored is not None:
+        turned = mirrored[:, None, None]
+        columns = Taps(*(jnp.where(turned, x[:, ::-1], x) for x in columns))
+    if whole:
+        return resample(planes, rows.weights, columns.weights)
+    # The axis that is mixed is the first: what is read are then long runs of numbers.
+    planes = planes.transpose(0, 3, 2, 1)  # (N, W, C, H)
+    planes = _mix(planes, columns).transpose(0, 3, 2, 1)  # (N, H, C, width)
+    return _mix(planes, rows)
+
+
+def resize_planes(planes: jax.Array, size: int, method: Method) -> jax.Array:
+    """The whole image at another size, with antialiasing.
+
+    Args:
+        planes: (N, H, C, W) float32.
         size: height and width of the result in pixels.
         method: "bilinear" or "bicubic".
 
     Returns:
-        (N, size, size, C) float32: the images themselves if they have this size.
+        (N, size, C, size) float32: the images themselves if they have this size.
     """
-    count, height, width, _ = images.shape
+    count, height, _, width = planes.shape
     if (height, width) == (size, size):
-        return images
+        return planes
     boxes = jnp.tile(jnp.array([[0, 0, height, width]]), (count, 1))  # (N, 4)
-    return jnp.clip(crop_and_resize(images, boxes, size, method=method), 0, 1)
+    return crop_planes(planes, boxes, (size, size), method)
 
 
 def random_flip(
@@ -198,28 +243,33 @@ def random_flip(
     Raises:
         ValueError: for wrong shapes, or a probability out of range.
     """
-    images = check_images(images)
+    planes = to_planes(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images)), 1)
-    return jnp.where(happens(chance, probability), images[:, :, ::-1], images)
+    (chance,) = uniforms(example_keys(key, len(planes)), 1)
+    return to_images(mirror_planes(planes, happens(chance, probability)))
 
 
-def resample(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+def mirror_planes(planes: jax.Array, mirrored: jax.Array) -> jax.Array:
+    """Mirrors left to right where `mirrored` (N,): (N, H, C, W) as it is."""
+    return jnp.where(mirrored.reshape(-1, 1, 1, 1), planes[..., ::-1], planes)
+
+
+def resample(planes: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Mixes the rows and the columns of each image: rows @ image @ columns'.
 
     At full precision, or the pixels would be those of another image on a TPU.
 
     Args:
-        images: (N, H, W, C) float32.
-        rows: (N, out_height, H) weights.
-        columns: (N, out_width, W) weights.
+        planes: (N, H, C, W) float32.
+        rows: (N, height, H) weights.
+        columns: (N, width, W) weights.
 
     Returns:
-        (N, out_height, out_width, C) float32.
+        (N, height, C, width) float32.
     """
     highest = lax.Precision.HIGHEST
-    mixed = jnp.einsum("nyh,nhwc->nywc", rows, images, precision=highest)
-    return jnp.einsum("nxw,nywc->nyxc", columns, mixed, precision=highest)
+    mixed = jnp.einsum("nyh,nhcw->nycw", rows, planes, precision=highest)
+    return jnp.einsum("nycw,nxw->nycx", mixed, columns, precision=highest)
 
 
 def check_method(name: str, method: Method) -> None:
@@ -243,32 +293,74 @@ def _fallback_box(
     return height, width
 
 
+class Taps(NamedTuple):
+    """Which pixels of an axis an output pixel is a mixture of: T of them."""
+
+    sources: jax.Array
+    """(N, out, T) numbers of pixels, float32"""
+    weights: jax.Array
+    """(N, out, T), sums 1"""
+
+
 def _antialiased(
-    start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
-) -> jax.Array:
-    """Weights (N, out, pixels) of a kernel as wide as an output pixel, sums 1."""
+    start: jax.Array,
+    extent: jax.Array,
+    pixels: int,
+    out: int,
+    method: Method,
+    whole: bool,
+) -> Taps:
+    """Those under a kernel as wide as an output pixel, of boxes inside the image."""
     start, extent = start[:, None, None], extent[:, None, None]
     step = extent / out
-    centers = start + (_numbers(out)[:, None] + 0.5) * step
-    positions = _numbers(pixels) + 0.5
-    distances = (positions - centers) / jnp.maximum(step, 1.0)  # (N, out, pixels)
+    centers = start + (_numbers(out)[:, None] + 0.5) * step  # (N, out, 1)
+    if whole:
+        sources = _numbers(pixels)
+    else:
+        radius = {"bilinear": 1, "bicubic": 2}[method]
+        first = jnp.ceil(centers - 0.5 - radius * jnp.maximum(step, 1.0))
+        sources = first + _numbers(math.ceil(2 * radius * max(pixels / out, 1.0)))
+    positions = sources + 0.5
     inside = (start < positions) & (positions < start + extent)
-    weights = jnp.where(inside, _kernel(distances, method, a=-0.5), 0.0)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    kernel = _kernel((positions - centers) / jnp.maximum(step, 1.0), method, a=-0.5)
+    weights = jnp.where(inside, kernel, 0.0)
+    weights /= jnp.sum(weights, axis=-1, keepdims=True)
+    return Taps(
+        jnp.clip(jnp.broadcast_to(sources, weights.shape), 0, pixels - 1), weights
+    )
 
 
 def _interpolating(
-    start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
-) -> jax.Array:
-    """Weights (N, out, pixels) of the nearest 2 or 4 pixels, the border repeated."""
+    start: jax.Array,
+    extent: jax.Array,
+    pixels: int,
+    out: int,
+    method: Method,
+    whole: bool,
+) -> Taps:
+    """The nearest 2 or 4, the border of the box repeated."""
     start, extent = start[:, None, None], extent[:, None, None]
     centers = (_numbers(out)[:, None] + 0.5) * (extent / out) - 0.5  # in the box
     taps = _numbers(2) if method == "bilinear" else _numbers(4) - 1
-    neighbors = jnp.floor(centers) + taps  # (N, out, taps)
+    neighbors = jnp.floor(centers) + taps  # (N, out, T)
     weights = _kernel(neighbors - centers, method, a=-0.75)
     sources = start + jnp.clip(neighbors, 0, extent - 1)
-    chosen = sources[..., None] == _numbers(pixels)  # (N, out, taps, pixels)
-    return jnp.sum(weights[..., None] * chosen, axis=2)
+    if not whole:
+        return Taps(sources, weights)
+    chosen = sources[..., None] == _numbers(pixels)  # (N, out, T, pixels)
+    weights = jnp.sum(weights[..., None] * chosen, axis=2)
+    return Taps(jnp.broadcast_to(_numbers(pixels), weights.shape), weights)
+
+
+def _mix(planes: jax.Array, taps: Taps) -> jax.Array:
+    """Mixes the first axis of each image: (N, pixels, ...) -> (N, out, ...)."""
+    read = jax.vmap(lambda image, sources: image[sources])
+    mixed = 0.0
+    for tap in range(taps.sources.shape[-1]):
+        weights = taps.weights[..., tap]  # (N, out)
+        weights = weights.reshape(*weights.shape, *[1] * (planes.ndim - 2))
+        mixed = mixed + weights * read(planes, taps.sources[..., tap].astype(jnp.int32))
+    return mixed
 
 
 def _numbers(count: int) -> jax.Array:

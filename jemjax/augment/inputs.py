@@ -11,14 +11,18 @@ from jax import lax
 CHANNELS = (1, 3)
 
 
-def check_images(images: Any) -> jax.Array:
-    """Brings images to float32 in [0, 1]; uint8 is divided by 255.
+def to_planes(images: Any) -> jax.Array:
+    """Brings images to float32 in [0, 1], channels before columns.
+
+    Inside this package the channels of a row lie one after the other: they are then
+    read as three long runs of numbers, and rows and columns are resampled by products
+    that need no transposed copy. uint8 is divided by 255.
 
     Args:
         images: (N, H, W, C), C = 1 or 3, floating point in [0, 1] or uint8.
 
     Returns:
-        (N, H, W, C) float32.
+        (N, H, C, W) float32.
 
     Raises:
         ValueError: for another rank, number of channels or dtype, or an empty axis.
@@ -33,23 +37,28 @@ def check_images(images: Any) -> jax.Array:
         )
     if min(images.shape) < 1:
         raise ValueError(f"images: got shape {images.shape}, expected sizes >= 1")
-    if images.dtype == jnp.uint8:
-        return materialize(jnp.asarray(images).astype(jnp.float32) / 255)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
+    scale = 255 if images.dtype == jnp.uint8 else 1
+    if scale == 1 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images: got dtype {images.dtype}, expected uint8, or floating point"
             " in [0, 1]"
         )
-    return materialize(jnp.asarray(images).astype(jnp.float32))
+    planes = jnp.asarray(images).transpose(0, 1, 3, 2).astype(jnp.float32)
+    return materialize(planes / scale)
 
 
-def materialize(images: jax.Array) -> jax.Array:
-    """Has the images computed once, although what follows reads them several times.
+def to_images(planes: jax.Array) -> jax.Array:
+    """The inverse order: (N, H, C, W) -> (N, H, W, C)."""
+    return planes.transpose(0, 1, 3, 2)
+
+
+def materialize(planes: jax.Array) -> jax.Array:
+    """Has an array computed once, although what follows reads it several times.
 
     Gray needs each channel of a pixel, and each channel then needs gray: left to fuse
     a chain of such operations, XLA computes the first again for every use in the last.
     """
-    return lax.optimization_barrier(images)
+    return lax.optimization_barrier(planes)
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:
@@ -113,7 +122,7 @@ def check_range(
 def per_example(
     name: str,
     value: Any,
-    images: jax.Array,
+    count: int,
     low: float,
     high: float = math.inf,
     *,
@@ -124,7 +133,7 @@ def per_example(
     Args:
         name: the argument's name.
         value: a number, checked against [low, high], or an array () or (N,).
-        images: (N, H, W, C).
+        count: N, the number of images.
         low: the smallest number allowed.
         high: the largest number allowed.
         open_low: whether `low` itself is refused.
@@ -138,10 +147,10 @@ def per_example(
     shape = getattr(value, "shape", ())
     if shape == ():
         value = check_number(name, value, low, high, open_low=open_low)
-    elif shape != images.shape[:1]:
+    elif shape != (count,):
         raise ValueError(
-            f"{name}: got shape {shape}, expected a scalar or {images.shape[:1]}, one"
-            " for each image"
+            f"{name}: got shape {shape}, expected a scalar or ({count},), one for each"
+            " image"
         )
     return jnp.asarray(value, jnp.float32).reshape(-1, 1, 1, 1)
 

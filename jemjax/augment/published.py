@@ -16,10 +16,10 @@ SWAV_STD = (0.228, 0.224, 0.225)
 
 
 def vicreg_imagenet(size: int = 224) -> ViewRecipe:
-    """The views of photographs of VICReg, Barlow Twins and, first, BYOL.
+    """The views of photographs of VICReg and Barlow Twins: BYOL's pair.
 
-    One view is always blurred; the other seldom, but solarized at times. Grill et al.,
-    2020, BYOL (arXiv:2006.07733); Bardes et al., 2022, VICReg (arXiv:2105.04906).
+    One view is always blurred; the other seldom, but solarized at times. Bardes et al.,
+    2022, VICReg (arXiv:2105.04906).
 
     Args:
         size: height and width of a view in pixels.
@@ -45,6 +45,22 @@ def vicreg_small(size: int = 32) -> ViewRecipe:
     return ViewRecipe((view, view))
 
 
+def byol_imagenet(size: int = 224) -> ViewRecipe:
+    """The views of photographs of BYOL, in the arithmetic of its own code.
+
+    Grill et al., 2020, BYOL (arXiv:2006.07733).
+
+    Args:
+        size: height and width of a view in pixels.
+    """
+    return ViewRecipe(
+        tuple(
+            dataclasses.replace(view, arithmetic="byol")
+            for view in vicreg_imagenet(size).views
+        )
+    )
+
+
 def byol_small(size: int = 32) -> ViewRecipe:
     """The views of small images of BYOL, Barlow Twins and MoCo v3.
 
@@ -61,7 +77,8 @@ def byol_small(size: int = 32) -> ViewRecipe:
 def simclr_imagenet(size: int = 224) -> ViewRecipe:
     """SimCLR's views of photographs: strong changes of color, and pixels in [0, 1].
 
-    Chen et al., 2020, SimCLR (arXiv:2002.05709), with its color strength of 1.
+    Chen et al., 2020, SimCLR (arXiv:2002.05709), with its color strength of 1, in the
+    arithmetic of its own code.
 
     Args:
         size: height and width of a view in pixels.
@@ -73,6 +90,7 @@ def simclr_imagenet(size: int = 224) -> ViewRecipe:
         contrast=0.8,
         saturation=0.8,
         hue=0.2,
+        arithmetic="simclr",
         blur_probability=0.5,
         mean=0.0,
         std=1.0,

@@ -7,30 +7,39 @@ normalize. An operation with probability 0 leaves nothing in the program.
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
-from jemjax.augment.blur import random_gaussian_blur
+from jemjax.augment.blur import random_blur_planes
 from jemjax.augment.color import (
-    color_jitter,
-    normalize,
-    random_grayscale,
-    random_solarize,
+    Arithmetic,
+    apply_jitter,
+    check_arithmetic,
+    fused_color,
+    gray_planes,
+    normalize_planes,
+    random_jitter,
+    random_solarize_planes,
 )
 from jemjax.augment.geometry import (
     Method,
     check_method,
-    random_flip,
-    random_resized_crop,
-    resize,
+    crop_planes,
+    mirror_planes,
+    random_boxes,
+    resize_planes,
 )
 from jemjax.augment.inputs import (
-    check_images,
     check_number,
     check_range,
     check_size,
     example_keys,
     is_number,
+    to_images,
+    to_planes,
+    uniforms,
 )
 from jemjax.augment.masking import MaskRecipe
 
@@ -73,6 +82,12 @@ class View:
     """strength, as of brightness"""
     hue: float = 0.1
     """strength, in full turns"""
+    arithmetic: Arithmetic = "torchvision"
+    """whose brightness, contrast and saturation: torchvision's, simclr's or byol's; the
+    last two blur with zeros beyond the border, torchvision with the mirror image"""
+    color: Literal["faithful", "fused"] = "faithful"
+    """faithful: each change of color by itself, clipped to [0, 1] after each; fused:
+    all of them as one matrix an image, which is fast, and clipped once"""
     grayscale_probability: float = 0.2
     """of removing color"""
     blur_probability: float = 0.0
@@ -100,6 +115,16 @@ class View:
         for name in ("brightness", "contrast", "saturation"):
             check_number(name, getattr(self, name), 0)
         check_number("hue", self.hue, 0, 0.5)
+        check_arithmetic("arithmetic", self.arithmetic)
+        if self.color not in ("faithful", "fused"):
+            raise ValueError(
+                f"color: got {self.color!r}, expected 'faithful' or 'fused'"
+            )
+        if self.color == "fused" and self.arithmetic != "torchvision":
+            raise ValueError(
+                f"color: got 'fused' with the arithmetic of {self.arithmetic}, expected"
+                " 'faithful', or that of torchvision, which is linear"
+            )
         check_range("blur_sigma", self.blur_sigma)
         check_number("solarize_threshold", self.solarize_threshold, 0, 1)
         _check_channels("mean", self.mean, -math.inf)
@@ -178,14 +203,14 @@ def make_views(
     Raises:
         ValueError: for wrong shapes.
     """
-    images = check_images(images)
+    planes = to_planes(images)
     # Each operation of each view has its own keys, so that to leave one out changes
     # nothing in the others.
     shape = (len(recipe.views), len(PARTS))
     split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
-    keys = split(example_keys(key, len(images)))  # (V, P, N)
+    keys = split(example_keys(key, len(planes)))  # (V, P, N)
     return tuple(
-        _make_view(dict(zip(PARTS, keys[number], strict=True)), images, view)
+        _make_view(dict(zip(PARTS, keys[number], strict=True)), planes, view)
         for number, view in enumerate(recipe.views)
     )
 
@@ -204,53 +229,79 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
         ValueError: for wrong shapes.
     """
     view = recipe.views[0]
-    images = resize(check_images(images), view.size, view.interpolation)
-    return normalize(images, view.mean, view.std)
+    planes = resize_planes(to_planes(images), view.size, view.interpolation)
+    return to_images(normalize_planes(jnp.clip(planes, 0, 1), view.mean, view.std))
 
 
-def _make_view(keys: dict[str, jax.Array], images: jax.Array, view: View) -> jax.Array:
-    if view.crop_scale is None:
-        images = resize(images, view.size, view.interpolation)
-    else:
-        images = random_resized_crop(
-            keys["crop"],
-            images,
-            view.size,
-            scale=view.crop_scale,
-            ratio=view.crop_ratio,
-            method=view.interpolation,
-        )
+def _make_view(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
+    return _finish_view(keys, _crop(keys, planes, view), view)
+
+
+def _crop(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
+    """The view's part of the image, mirrored or not: (N, H, C, W) -> (N, S, C, S)."""
+    count, height, _, width = planes.shape
+    mirrored = None
     if view.flip_probability > 0:
-        images = random_flip(keys["flip"], images, probability=view.flip_probability)
+        (chance,) = uniforms(keys["flip"], 1)
+        mirrored = chance < view.flip_probability
+    if view.crop_scale is None:
+        planes = resize_planes(planes, view.size, view.interpolation)
+        return planes if mirrored is None else mirror_planes(planes, mirrored)
+    boxes = random_boxes(
+        keys["crop"],
+        count,
+        (height, width),
+        scale=view.crop_scale,
+        ratio=view.crop_ratio,
+    )
+    size = (view.size, view.size)
+    return crop_planes(planes, boxes, size, view.interpolation, mirrored=mirrored)
+
+
+def _finish_view(
+    keys: dict[str, jax.Array], planes: jax.Array, view: View
+) -> jax.Array:
+    """What comes after the crop: (N, S, C, S) -> (N, S, S, C), normalized."""
+    jitter = grayed = None
     if view.jitter_probability > 0:
-        images = color_jitter(
+        jitter = random_jitter(
             keys["jitter"],
-            images,
+            len(planes),
             brightness=view.brightness,
             contrast=view.contrast,
             saturation=view.saturation,
             hue=view.hue,
             probability=view.jitter_probability,
+            arithmetic=view.arithmetic,
         )
     if view.grayscale_probability > 0:
-        images = random_grayscale(
-            keys["grayscale"], images, probability=view.grayscale_probability
-        )
+        (chance,) = uniforms(keys["grayscale"], 1)
+        grayed = chance < view.grayscale_probability
+    if view.color == "fused" and (jitter is not None or grayed is not None):
+        planes = fused_color(planes, jitter, grayed)
+    else:
+        planes = jnp.clip(planes, 0, 1)  # bicubic weights overshoot at edges
+        if jitter is not None:
+            planes = apply_jitter(planes, jitter, view.arithmetic)
+        if grayed is not None:
+            planes = gray_planes(planes, grayed)
     if view.blur_probability > 0:
-        images = random_gaussian_blur(
+        planes = random_blur_planes(
             keys["blur"],
-            images,
+            planes,
             sigma=view.blur_sigma,
             probability=view.blur_probability,
+            padding="reflect" if view.arithmetic == "torchvision" else "zero",
         )
+    planes = jnp.clip(planes, 0, 1)
     if view.solarize_probability > 0:
-        images = random_solarize(
+        planes = random_solarize_planes(
             keys["solarize"],
-            images,
-            probability=view.solarize_probability,
-            threshold=view.solarize_threshold,
+            planes,
+            view.solarize_probability,
+            view.solarize_threshold,
         )
-    return normalize(images, view.mean, view.std)
+    return to_images(normalize_planes(planes, view.mean, view.std))
 
 
 def _describe(view: View) -> tuple[str, ...]:
@@ -266,11 +317,16 @@ def _describe(view: View) -> tuple[str, ...]:
         if view.crop_ratio != (3 / 4, 4 / 3):
             crop += f", ratio {_span(view.crop_ratio)}"
     strengths = (view.brightness, view.contrast, view.saturation, view.hue)
+    jitter = ": " + " ".join(f"{strength:g}" for strength in strengths)
+    if view.arithmetic != "torchvision":
+        jitter += f" as {view.arithmetic}"
+    if view.color == "fused":
+        jitter += " fused"
     return (
         str(view.size),
         f"{crop}, {view.interpolation}",
         cell("flip"),
-        cell("jitter", ": " + " ".join(f"{strength:g}" for strength in strengths)),
+        cell("jitter", jitter),
         cell("grayscale"),
         cell("blur", f": sigma {_span(view.blur_sigma)}"),
         cell("solarize", f": from {view.solarize_threshold:g}"),

@@ -14,7 +14,7 @@ import dataclasses
 from typing import ClassVar
 
 from jemjax import losses
-from jemjax.augment import ViewRecipe, byol_small, vicreg_imagenet
+from jemjax.augment import ViewRecipe, byol_imagenet, byol_small
 from jemjax.methods.base import (
     SMALL_IMAGE,
     Defaults,
@@ -40,7 +40,7 @@ class BYOL(Method):
         """One view is always blurred, the other sometimes solarized."""
         if image_size <= SMALL_IMAGE:
             return byol_small(image_size)
-        return vicreg_imagenet(image_size)
+        return byol_imagenet(image_size)
 
     # What embeds a view? Projector and predictor are of one kind, that of every method:
     # Linear, BatchNorm, ReLU, Linear without bias. The predictor is asymmetric: only

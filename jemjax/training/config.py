@@ -42,6 +42,10 @@ class ViewOptions:
     crop_scale: tuple[float, float] | None = None
     """smallest and largest area of a crop, as a share of the image; unless given, the
     method's, and for digits 0.4 1.0; local views keep their own"""
+    color: Literal["faithful", "fused"] | None = None
+    """fused: jitter and grayscale as one matrix an image, in torchvision's arithmetic,
+    which is fast, and clipped once; faithful: step by step; unless given, as the method
+    publishes it"""
     mask: Literal["none", "random", "block", "drop"] | None = None
     """hide patches from the online branch: scattered ones, or blocks; drop: scattered
     ones are left out, of transformers; unless given, as the method publishes it"""
@@ -59,6 +63,13 @@ class ViewOptions:
             ]
             views += recipe.views[recipe.num_global :]
             recipe = dataclasses.replace(recipe, views=tuple(views))
+        if self.color is not None:
+            whose = {"arithmetic": "torchvision"} if self.color == "fused" else {}
+            views = tuple(
+                dataclasses.replace(view, color=self.color, **whose)
+                for view in recipe.views
+            )
+            recipe = dataclasses.replace(recipe, views=views)
         if self.mask == "none":
             recipe = dataclasses.replace(recipe, mask=None)
         elif self.mask is not None:

@@ -32,9 +32,11 @@ def test_the_kernel_is_gaussian():
     np.testing.assert_allclose(blurred, np.outer(weights, weights), atol=1e-6)
 
 
+# Of one piece, and of several, the last of them smaller than the kernel.
+@pytest.mark.parametrize("size", [(7, 9), (65, 34)])
 @pytest.mark.parametrize("padding", ["reflect", "zero"])
-def test_padding(key, padding):
-    images = jax.random.uniform(key, (2, 7, 9, 3))
+def test_padding(key, padding, size):
+    images = jax.random.uniform(key, (2, *size, 3))
     sigmas = np.array([0.7, 3.0], np.float32)
     blurred = gaussian_blur(images, sigmas, kernel_size=7, padding=padding)
     d = np.arange(7) - 3

@@ -12,11 +12,18 @@ from jemjax.augment import color
 
 STRENGTHS = {"brightness": 0.4, "contrast": 0.6, "saturation": 0.8, "hue": 0.1}
 
-static = (*STRENGTHS, "probability")
+static = (*STRENGTHS, "probability", "arithmetic")
 color_jitter = jax.jit(augment.color_jitter, static_argnames=static)
 random_jitter = jax.jit(color.random_jitter, static_argnames=("count", *static))
 # With traced factors, compiled once each.
-ADJUST = {name: jax.jit(getattr(augment, f"adjust_{name}")) for name in STRENGTHS}
+ADJUST = {
+    name: jax.jit(
+        getattr(augment, f"adjust_{name}"),
+        static_argnames=() if name == "hue" else "arithmetic",
+    )
+    for name in STRENGTHS
+}
+ARITHMETIC = pytest.mark.parametrize("arithmetic", ["torchvision", "simclr", "byol"])
 
 
 @pytest.fixture
@@ -39,19 +46,23 @@ def _orders(jitter):
         yield tuple(order)
 
 
-def test_jitter_is_the_adjustments_in_the_order_drawn(key, images):
+@ARITHMETIC
+def test_jitter_is_the_adjustments_in_the_order_drawn(arithmetic, key, images):
     images = images[:24]
     # Strong enough that the clipping between them tells the orders apart.
     strengths = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
-    result = color_jitter(key, images, **strengths, probability=0.8)
-    jitter = random_jitter(key, 24, **strengths, probability=0.8)
+    options = {"probability": 0.8, "arithmetic": arithmetic}
+    result = color_jitter(key, images, **strengths, **options)
+    jitter = random_jitter(key, 24, **strengths, **options)
+    neutral = {"hue": 0, "brightness": 0 if arithmetic == "byol" else 1}
     unchanged = np.ones(24, bool)
     for n, order in enumerate(_orders(jitter)):
         expected = images[n : n + 1]
         for name in order:
             amount = jitter.turns[n] if name == "hue" else jitter.factors[name][n]
-            expected = ADJUST[name](expected, amount)
-            unchanged[n] &= bool(amount == (0 if name == "hue" else 1))
+            whose = {} if name == "hue" else {"arithmetic": arithmetic}
+            expected = ADJUST[name](expected, amount, **whose)
+            unchanged[n] &= bool(amount == neutral.get(name, 1))
         np.testing.assert_allclose(result[n : n + 1], expected, atol=2e-5)
     assert 0 < unchanged.sum() < 12
     np.testing.assert_array_equal(result[unchanged], images[unchanged])
@@ -177,3 +188,47 @@ def test_normalize_one_channel_by_the_mean_of_three(gray_images):
     np.testing.assert_allclose(
         augment.normalize(gray_images, 0.449, 0.226), expected, atol=1e-5
     )
+
+
+def _fused(images, jitter=None, grayed=None):
+    planes = color.fused_color(images.transpose(0, 1, 3, 2), jitter, grayed)
+    return planes.transpose(0, 1, 3, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fused_is_faithful_where_nothing_is_clipped(key, images, channels):
+    images = 0.4 + 0.2 * images[..., :channels]
+    strengths = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.4, "hue": 0.0}
+    jitter = random_jitter(key, len(images), **strengths, probability=0.8)
+    assert len(set(_orders(jitter))) == 6
+    faithful = color_jitter(key, images, **strengths, probability=0.8)
+    np.testing.assert_allclose(_fused(images, jitter), faithful, atol=2e-6)
+    # And without color: the gray of that.
+    grayed = np.arange(len(images)) % 2 == 0
+    expected = np.where(
+        grayed[:, None, None, None], augment.to_grayscale(faithful), faithful
+    )
+    np.testing.assert_allclose(_fused(images, jitter, grayed), expected, atol=2e-6)
+
+
+def test_fused_hue_is_that_of_hsv_for_thirds_of_a_turn(images):
+    for turns in (1 / 3, -1 / 3, 0.0):
+        jitter = color.Jitter(
+            {},
+            np.zeros((len(images), 0), np.int32),
+            np.full(len(images), turns, np.float32),
+            np.zeros(len(images), np.float32),
+        )
+        expected = augment.adjust_hue(images, turns)
+        np.testing.assert_allclose(_fused(images, jitter), expected, atol=2e-6)
+
+
+def test_fused_hue_comes_at_its_place(key, images):
+    images = 0.4 + 0.2 * images
+    strengths = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.9, "hue": 1 / 3}
+    jitter = random_jitter(key, len(images), **strengths, probability=1.0)
+    thirds = jitter._replace(turns=np.sign(jitter.turns).astype(np.float32) / 3)
+    assert {0, 1} <= set(np.asarray(thirds.place).tolist())
+    planes = images.transpose(0, 1, 3, 2)
+    expected = color.apply_jitter(planes, thirds).transpose(0, 1, 3, 2)
+    np.testing.assert_allclose(_fused(images, thirds), expected, atol=2e-6)

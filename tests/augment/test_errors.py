@@ -67,6 +67,8 @@ CALLS = {
         KEY, IMAGES, **dict(JITTER, contrast=v), probability=0.8
     ),
     "factor": lambda v: augment.adjust_contrast(IMAGES, v),
+    "factor of byol": lambda v: augment.adjust_brightness(IMAGES, v, arithmetic="byol"),
+    "arithmetic": lambda v: augment.adjust_contrast(IMAGES, 1.0, arithmetic=v),
     "factor of hue": lambda v: augment.adjust_hue(IMAGES, v),
     "threshold": lambda v: augment.solarize(IMAGES, v),
     "mean": lambda v: augment.normalize(IMAGES, v, 1.0),
@@ -112,6 +114,8 @@ CALLS = {
         ("contrast", -0.1),
         ("factor", -1.0),
         ("factor", np.ones((4, 1), np.float32)),
+        ("factor of byol", -1.5),
+        ("arithmetic", "pillow"),
         ("factor of hue", 0.7),
         ("threshold", 128),
         ("mean", (0.5, 0.5)),
@@ -142,6 +146,8 @@ def test_arguments(argument, value):
         ("saturation", -0.1),
         ("hue", 0.6),
         ("blur_probability", 1.1),
+        ("arithmetic", "pillow"),
+        ("color", "fast"),
         ("blur_sigma", (0.0, 2.0)),
         ("solarize_threshold", 128.0),
         ("mean", (0.5, 0.5)),
@@ -151,6 +157,11 @@ def test_arguments(argument, value):
 def test_fields_of_a_view(field, value):
     with pytest.raises(ValueError, match=f"{field}: got .*expected"):
         dataclasses.replace(VIEW, **{field: value})
+
+
+def test_what_is_not_linear_is_not_fused():
+    with pytest.raises(ValueError, match="color: got 'fused' .* byol.*expected"):
+        dataclasses.replace(VIEW, color="fused", arithmetic="byol")
 
 
 def test_traced_numbers_are_accepted():

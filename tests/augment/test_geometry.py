@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jemjax import augment
+from jemjax.augment import geometry
 
 CASES = ("simclr_0.08_1", "local_0.05_0.4", "global_0.4_1", "swav_0.14_1")
 DRAWS = 20_000
@@ -146,3 +147,30 @@ def test_flip_mirrors_about_the_given_share(key):
     assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
     few = augment.random_flip(key, images, probability=0.1)[:, 0, 0, 0] > 0
     assert abs(few.mean() - 0.1) < 4 * 0.3 / np.sqrt(4000)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(20, 150), (90, 70)])
+def test_of_large_images_what_has_a_weight_is_read(
+    key, size, method, antialias, monkeypatch
+):
+    images = jax.random.uniform(key, (6, 90, 70, 3))
+    boxes = random_boxes(key, 5, (90, 70), scale=(0.01, 1.0))
+    boxes = np.concatenate([boxes, [[0, 0, 90, 70]]])
+    options = {"method": method, "antialias": antialias}
+    read = crop_and_resize(images, boxes, size, **options)
+    monkeypatch.setattr(geometry, "LARGEST_PRODUCT", 100)
+    product = augment.crop_and_resize(images, boxes, size, **options)
+    np.testing.assert_allclose(read, product, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", [12, 80])
+def test_a_crop_can_be_mirrored_on_the_way(key, side):
+    planes = jax.random.uniform(key, (8, side, 3, side))
+    boxes = random_boxes(key, 8, (side, side), scale=(0.1, 1.0))
+    mirrored = np.arange(8) % 2 == 0
+    plain = geometry.crop_planes(planes, boxes, (9, 10), "bicubic")
+    crops = geometry.crop_planes(planes, boxes, (9, 10), "bicubic", mirrored=mirrored)
+    expected = np.where(mirrored[:, None, None, None], plain[..., ::-1], plain)
+    np.testing.assert_allclose(crops, expected, atol=1e-6)

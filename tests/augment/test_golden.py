@@ -1,4 +1,4 @@
-"""Pixels equal to torchvision's, every key of the reference file."""
+"""Pixels equal to torchvision's, BYOL's and SimCLR's, every key of the files."""
 
 import re
 
@@ -15,7 +15,7 @@ ADJUST = {
 }
 CHAIN = tuple(zip(ADJUST.values(), (1.3, 0.7, 1.15, 0.07), strict=True))
 
-blur = jax.jit(augment.gaussian_blur, static_argnames="kernel_size")
+blur = jax.jit(augment.gaussian_blur, static_argnames=("kernel_size", "padding"))
 crop = jax.jit(augment.crop_and_resize, static_argnames=("size", "method", "antialias"))
 
 # Largest, and for Pillow also mean, difference: Pillow's in levels of 255, since it
@@ -98,3 +98,30 @@ def test_pillow(torchvision):
         largest, mean = PILLOW[kind]
         assert np.abs(difference).max() <= largest, name
         assert np.abs(difference).mean() <= mean, name
+
+
+# A kernel's size is given as published: half of it, rounded down, on either side.
+KERNEL_SIZES = {"2.0": 3, "6.4": 7, "2": 3, "22": 23}
+
+
+@pytest.mark.parametrize("arithmetic, count", [("byol", 12), ("simclr", 9)])
+def test_other_arithmetic(golden, arithmetic, count):
+    arrays = golden(f"augment_{arithmetic}")
+    x = arrays.pop("x").astype(np.float32)[None]
+    # A space of color, and a resize of the old TensorFlow, that nothing here uses.
+    names = [n for n in arrays if n not in ("hsv", "center_crop_16")]
+    assert len(names) == count
+    for name in names:
+        operation, argument = name.split("_")[0], name.split("_")[-1]
+        if operation in ("brightness", "contrast", "saturation"):
+            adjust = getattr(augment, f"adjust_{operation}")
+            result = adjust(x, float(argument), arithmetic=arithmetic)
+        elif operation == "blur":
+            size = KERNEL_SIZES[name.split("_")[1].removeprefix("k")]
+            sigma = float(argument.removeprefix("s"))
+            result = blur(x, sigma, kernel_size=size, padding="zero")
+        else:
+            result = _apply(name, x)
+        # Their operations leave it to the caller to clip, which theirs does.
+        expected = np.clip(arrays[name], 0, 1)
+        np.testing.assert_allclose(result[0], expected, atol=2e-5, err_msg=name)

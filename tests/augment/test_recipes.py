@@ -47,6 +47,8 @@ NO_BLUR = augment.View(
     solarize_threshold=0.5,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
+    arithmetic="torchvision",
+    color="faithful",
 )
 
 
@@ -74,8 +76,15 @@ SWAV = changed(
 )
 PUBLISHED = {
     "vicreg_imagenet": BYOL,
+    "byol_imagenet": tuple(changed(view, arithmetic="byol") for view in BYOL),
     "simclr_imagenet": (
-        changed(jitter=STRONG, blur_probability=0.5, mean=0.0, std=1.0),
+        changed(
+            jitter=STRONG,
+            blur_probability=0.5,
+            mean=0.0,
+            std=1.0,
+            arithmetic="simclr",
+        ),
     )
     * 2,
     "moco_imagenet": (
@@ -348,5 +357,8 @@ def test_a_recipe_is_a_key_and_a_table():
     assert header.split() == ["view", "size", *PARTS]
     assert "224" in first and "0.08-1" in first and "0.4 0.4 0.2 0.1" in first
     assert first.endswith("-") and second.endswith("p 0.2: from 0.5")
+    assert "0.4 0.4 0.2 0.1 as byol" in str(augment.byol_imagenet())
+    fused = changed(color="fused")
+    assert "0.4 0.4 0.2 0.1 fused" in str(augment.ViewRecipe((fused,)))
     bare = str(nothing_random(augment.vicreg_imagenet())).splitlines()[1]
     assert bare.split() == ["1", "224", "whole", "image,", "bicubic", *"-----"]

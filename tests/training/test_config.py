@@ -45,6 +45,16 @@ def test_swaps_on_the_command_line(arguments, field, value, digits):
     assert getattr(config.method, field) == value
 
 
+def test_fused_color_is_an_option_of_every_methods_views(digits):
+    for name, method in METHODS.items():
+        resolved = resolve(_parse(name, "--views.color", "fused"), digits)
+        for size in (8, 224):
+            published = method().resolve(size, 64, 100).views(size)
+            views = resolved.views.apply(published).views
+            assert {view.color for view in views} == {"fused"}
+            assert {view.arithmetic for view in views} == {"torchvision"}
+
+
 # Options, and words of the reason for which they are refused.
 REFUSED = [
     ("moco", ["--queue-length", "100"], "expected a multiple of the batch size, 128"),
