@@ -7,6 +7,7 @@ normalize. An operation with probability 0 leaves nothing in the program.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -179,15 +180,41 @@ def make_views(
         ValueError: for wrong shapes.
     """
     images = check_images(images)
-    # Each operation of each view has its own keys, so that to leave one out changes
-    # nothing in the others.
-    shape = (len(recipe.views), len(PARTS))
-    split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
-    keys = split(example_keys(key, len(images)))  # (V, P, N)
+    keys = _keys_of_views(key, len(images), recipe)
     return tuple(
-        _make_view(dict(zip(PARTS, keys[number], strict=True)), images, view)
-        for number, view in enumerate(recipe.views)
+        _finish_view(keys, _crop(keys, images, view), view)
+        for keys, view in zip(keys, recipe.views, strict=True)
     )
+
+
+def finish_views(
+    key: jax.Array, crops: Sequence[jax.Array], recipe: ViewRecipe
+) -> tuple[jax.Array, ...]:
+    """What `make_views` does after the crop, to crops that were made elsewhere.
+
+    With the same keys: only what is drawn for the crops is not used.
+
+    Args:
+        key: one key, folded with each row's index, or N keys.
+        crops: for each view of the recipe, (N, size, size, C), C = 1 or 3, float in
+            [0, 1] or uint8.
+        recipe: what to do.
+
+    Returns:
+        For each view of the recipe, (N, size, size, C) float32, normalized.
+
+    Raises:
+        ValueError: for wrong shapes, or another number of crops.
+    """
+    crops = [check_images(crop) for crop in crops]
+    sizes = [view.size for view in recipe.views]
+    if [crop.shape[1:3] for crop in crops] != [(size, size) for size in sizes]:
+        raise ValueError(
+            f"crops: got shapes {', '.join(str(crop.shape) for crop in crops)},"
+            f" expected one crop a view, of the sizes {', '.join(map(str, sizes))}"
+        )
+    keys = _keys_of_views(key, len(crops[0]), recipe)
+    return tuple(map(_finish_view, keys, crops, recipe.views))
 
 
 def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
@@ -208,18 +235,35 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
     return normalize(images, view.mean, view.std)
 
 
-def _make_view(keys: dict[str, jax.Array], images: jax.Array, view: View) -> jax.Array:
+def _keys_of_views(
+    key: jax.Array, count: int, recipe: ViewRecipe
+) -> list[dict[str, jax.Array]]:
+    """For each view (N,) keys of each operation.
+
+    Its own, so that to leave one out changes nothing in the others.
+    """
+    shape = (len(recipe.views), len(PARTS))
+    split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
+    keys = split(example_keys(key, count))  # (V, P, N)
+    return [dict(zip(PARTS, of_view, strict=True)) for of_view in keys]
+
+
+def _crop(keys: dict[str, jax.Array], images: jax.Array, view: View) -> jax.Array:
     if view.crop_scale is None:
-        images = resize(images, view.size, view.interpolation)
-    else:
-        images = random_resized_crop(
-            keys["crop"],
-            images,
-            view.size,
-            scale=view.crop_scale,
-            ratio=view.crop_ratio,
-            method=view.interpolation,
-        )
+        return resize(images, view.size, view.interpolation)
+    return random_resized_crop(
+        keys["crop"],
+        images,
+        view.size,
+        scale=view.crop_scale,
+        ratio=view.crop_ratio,
+        method=view.interpolation,
+    )
+
+
+def _finish_view(
+    keys: dict[str, jax.Array], images: jax.Array, view: View
+) -> jax.Array:
     if view.flip_probability > 0:
         images = random_flip(keys["flip"], images, probability=view.flip_probability)
     if view.jitter_probability > 0:
