@@ -207,13 +207,14 @@ def finish_views(
         ValueError: for wrong shapes, or another number of crops.
     """
     crops = [check_images(crop) for crop in crops]
-    sizes = [view.size for view in recipe.views]
-    if [crop.shape[1:3] for crop in crops] != [(size, size) for size in sizes]:
+    count = len(crops[0]) if crops else 0
+    shapes = [crop.shape[:3] for crop in crops]
+    expected = [(count, view.size, view.size) for view in recipe.views]
+    if shapes != expected:
         raise ValueError(
-            f"crops: got shapes {', '.join(str(crop.shape) for crop in crops)},"
-            f" expected one crop a view, of the sizes {', '.join(map(str, sizes))}"
+            f"crops: got (N, H, W) of {shapes}, expected one for each view: {expected}"
         )
-    keys = _keys_of_views(key, len(crops[0]), recipe)
+    keys = _keys_of_views(key, count, recipe)
     return tuple(map(_finish_view, keys, crops, recipe.views))
 
 

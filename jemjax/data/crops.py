@@ -14,7 +14,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from jemjax.data.sources import EncodedSource, opened, to_channels, upright_size
+from jemjax.data.sources import (
+    ORIENTATION,
+    EncodedSource,
+    opened,
+    to_channels,
+    upright_size,
+)
 
 TRIES = 10  # boxes that are drawn before the centered one is taken
 # Uniform numbers for a crop: area and aspect of each try, and the place.
@@ -183,15 +189,16 @@ def read_crops(
             _box(crop, numbers, *upright_size(image))
             for crop, numbers in zip(crops, draws, strict=True)
         ]
-        reduction = _reduction(boxes, crops) if image.format == "JPEG" else 1
+        reduction = reduction_for(boxes, crops) if image.format == "JPEG" else 1
         if reduction > 1:
+            boxes = _shift(boxes, image, reduction)
             # The largest of JPEG's reductions that still covers this size.
             width, height = image.width // reduction, image.height // reduction
             image.draft(None, (width, height))
         ImageOps.exif_transpose(image, in_place=True)
         image = to_channels(image, channels)
         return [
-            _cut(image, box, reduction, crop)
+            cut_out(image, box, reduction, crop)
             for box, crop in zip(boxes, crops, strict=True)
         ]
 
@@ -203,7 +210,7 @@ def _box(crop: Crop, draws: np.ndarray, height: int, width: int) -> Box:
     return Box((height - side) / 2, (width - side) / 2, side, side)
 
 
-def _reduction(boxes: Sequence[Box], crops: Sequence[Crop]) -> int:
+def reduction_for(boxes: Sequence[Box], crops: Sequence[Crop]) -> int:
     """The largest one that leaves every box the pixels of its crop."""
     spare = min(
         min(box.height, box.width) / crop.size
@@ -212,7 +219,20 @@ def _reduction(boxes: Sequence[Box], crops: Sequence[Crop]) -> int:
     return next((r for r in _REDUCTIONS if r <= spare), 1)
 
 
-def _cut(image: Image.Image, box: Box, reduction: int, crop: Crop) -> np.ndarray:
+def _shift(boxes: Sequence[Box], image: Image.Image, reduction: int) -> list[Box]:
+    """Boxes by what a reduced image begins with that is not of the image.
+
+    Its sides are rounded up, so that the last row and column reach beyond the image.
+    They become the first where the EXIF orientation turns the image round.
+    """
+    height, width = upright_size(image)
+    orientation = image.getexif().get(ORIENTATION)
+    top = -height % reduction if orientation in (3, 4, 7, 8) else 0
+    left = -width % reduction if orientation in (2, 3, 6, 7) else 0
+    return [box._replace(top=box.top + top, left=box.left + left) for box in boxes]
+
+
+def cut_out(image: Image.Image, box: Box, reduction: int, crop: Crop) -> np.ndarray:
     """A box, given in pixels of the full image, out of the reduced one, resized."""
     top, left = box.top / reduction, box.left / reduction
     bottom = (box.top + box.height) / reduction

@@ -43,6 +43,7 @@ EXTENSIONS = frozenset(
 _FORMATS = (
     "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF TGA PCX SGI ICO ICNS QOI"
 ).split()
+ORIENTATION = 0x0112  # of EXIF
 _GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 _SIGNATURES = {
     b"\xff\xd8\xff": "a JPEG image",
@@ -833,7 +834,7 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     # A TIFF's size is upright already; a PNG without EXIF would be decoded to look.
     if image.format == "TIFF" or not {"exif", "xmp"} & image.info.keys():
         return False
-    return image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
 
 
 def _to_array(

@@ -160,6 +160,15 @@ def test_every_method_may_see_its_batch_in_parts(name, devices, parts):
     _check_parts(name, devices, parts)
 
 
+def test_crops_of_the_loader_are_images_that_the_device_need_not_crop():
+    recipe = byol_small(SIZE).without("crop")  # whole images of a view's size
+    of_images = Setup(tiny_method("vicreg"), recipe=recipe, accumulate=2)
+    of_crops = Setup(tiny_method("vicreg"), 8, recipe=recipe, accumulate=2)
+    images = of_crops.images
+    of_crops.images = lambda step: (images(step), images(step))
+    _check_same(of_images.run(4), of_crops.run(4), ROUNDING["vicreg"])
+
+
 def test_the_mean_over_parts_would_be_another_loss(key):
     x, y = jax.random.normal(key, (2, BATCH, 12))
     whole, _ = VICReg().loss((x, y))
