@@ -62,7 +62,7 @@ class Run(NamedTuple):
     step: Step
     image_shape: tuple[int, int, int]
     crops: tuple[Crop, ...]
-    """what the loader makes of images of several sizes, in place of one array of them"""
+    """what the loader makes of images of several sizes; else it gives the images"""
 
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""

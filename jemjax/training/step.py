@@ -79,8 +79,10 @@ def make_train_step(
             view_keys, mask_keys, drop_keys = jax.vmap(
                 lambda key: jax.random.split(key, 3), out_axes=1
             )(keys)
-            to_views = finish_views if isinstance(images, tuple) else make_views
-            views = to_views(view_keys, images, recipe)
+            if isinstance(images, tuple):
+                views = finish_views(view_keys, images, recipe)
+            else:
+                views = make_views(view_keys, images, recipe)
             masks = branches.masks(mask_keys)
             return branches.embed(
                 params, state.target_params, statistics, views, masks, drop_keys

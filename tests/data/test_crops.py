@@ -84,7 +84,8 @@ def test_boxes_are_those_of_the_device_for_the_same_draws(size, key):
     scale, ratio = (0.2, 1.0), (3 / 4, 4 / 3)
     expected = random_boxes(key, 500, size, scale=scale, ratio=ratio)
     draws = np.asarray(device_uniforms(example_keys(key, 500), DRAWS), np.float64).T
-    boxes = [random_box(row, *size, scale, ratio) for row in draws]
+    height, width = size
+    boxes = [random_box(row, height, width, scale, ratio) for row in draws]
     # In another precision a number may be rounded to the other side.
     assert np.mean((np.array(boxes) == expected).all(axis=1)) > 0.995
 
@@ -116,10 +117,9 @@ def test_pixels_are_those_of_pillows_crop_and_resize(golden):
 @pytest.mark.parametrize("method, levels", [("bilinear", 1), ("bicubic", 6)])
 def test_pixels_are_those_of_the_device(method, levels):
     image = smooth(61, 47)
-    crop = Crop(24, (0.1, 1.0), interpolation=method)
-    boxes = [
-        random_box(d, 61, 47, crop.scale, crop.ratio) for d in uniforms(3, 0, 0, 8)
-    ]
+    scale, ratio = (0.1, 1.0), (3 / 4, 4 / 3)
+    crop = Crop(24, scale, ratio, method)
+    boxes = [random_box(draws, 61, 47, scale, ratio) for draws in uniforms(3, 0, 0, 8)]
     images = jnp.broadcast_to(np.asarray(image), (8, 61, 47, 3))
     on_device = jax.jit(crop_and_resize, static_argnames=("size", "method"))
     expected = on_device(images, np.array(boxes), size=24, method=method) * 255
