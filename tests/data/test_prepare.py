@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jemjax.data import DataError, load_arrays, open_data
+from jemjax.data import Crop, DataError, batches, load_arrays, open_data
 from jemjax.data.prepare import prepare
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -367,6 +367,9 @@ def test_a_flat_folder_becomes_an_unlabelled_set(tmp_path):
     source = open_data("tfds:flat", data_dir=tmp_path)
     assert source.num_classes == 0 and source[0]["label"] == -1
     assert source.image_shape == (256, 256, 3) and source.sizes_differ
+    stream = batches(source, batch_size=8, seed=0, crops=[Crop(5, (0.2, 1.0))])
+    assert next(stream)["views"][0].shape == (8, 5, 5, 3)
+    stream.close()
     assert open_data("tfds:flat", data_dir=tmp_path, image_size=4)[0][
         "image"
     ].shape == (4, 4, 3)
