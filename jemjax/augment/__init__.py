@@ -55,7 +55,13 @@ from jemjax.augment.published import (
     vicreg_imagenet,
     vicreg_small,
 )
-from jemjax.augment.recipes import View, ViewRecipe, evaluation_view, make_views
+from jemjax.augment.recipes import (
+    View,
+    ViewRecipe,
+    evaluation_view,
+    finish_views,
+    make_views,
+)
 
 __all__ = [
     "MaskRecipe",
@@ -75,6 +81,7 @@ __all__ = [
     "dino_imagenet",
     "dino_small",
     "evaluation_view",
+    "finish_views",
     "fill_masked",
     "gaussian_blur",
     "make_masks",

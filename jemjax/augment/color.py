@@ -317,9 +317,9 @@ def apply_jitter(
             )
         return _clip(chosen.of(planes))
 
-    def turn(planes):
+    def turn(planes, turns):
         planes = materialize(planes)
-        turns = jitter.turns.reshape(-1, 1, 1, 1)
+        turns = turns.reshape(-1, 1, 1, 1)
         return jnp.where(turns == 0, planes, _turn_hue(planes, turns))
 
     return _in_order(planes, jitter, blend_slot, turn if planes.shape[2] > 1 else None)
@@ -338,7 +338,7 @@ def _in_order(state, jitter: Jitter, blend_slot, turn):
         return state
     for slot in slots:
         state = blend_slot(state, slot, slot < jitter.place)
-    state = turn(state)
+    state = turn(state, jitter.turns)
     for slot in slots:
         state = blend_slot(state, slot, slot >= jitter.place)
     return state
@@ -362,45 +362,58 @@ def fused_color(
     Returns:
         (N, H, C, W) float32, not clipped.
     """
-    channels = planes.shape[2]
+    mean = jnp.mean(planes, axis=(1, 3))  # (N, C)
+    channels = mean.shape[1]
     luma = jnp.array(LUMA if channels == 3 else (1.0,), jnp.float32)
-    identity = jnp.eye(channels)
     to_gray = jnp.broadcast_to(luma, (channels, channels))
-    start = jnp.mean(planes, axis=(1, 3))[..., None]  # (N, C, 1)
     # The last column is the offset: (N, C, C + 1).
-    whole = jnp.tile(jnp.eye(channels, channels + 1), (len(planes), 1, 1))
+    mixture = jnp.tile(jnp.eye(channels, channels + 1), (len(mean), 1, 1))
+    if jitter is not None:
+        mixture = _jitter_mixture(mixture, jitter, mean, to_gray)
+    if grayed is not None:
+        gray = _times(to_gray, mixture)
+        mixture = jnp.where(grayed[:, None, None], gray, mixture)
+    mixed = mixture[:, None, :, channels, None]  # (N, 1, C, 1)
+    for channel in range(channels):
+        weight = mixture[:, None, :, channel, None]
+        mixed = mixed + weight * planes[:, :, channel : channel + 1]
+    return mixed
 
-    def times(matrices, whole):
-        return jnp.matmul(matrices, whole, precision=lax.Precision.HIGHEST)
 
-    def blend_slot(whole, slot, enabled):
-        mean = times(whole[..., :channels], start) + whole[..., channels:]
+def _jitter_mixture(
+    mixture: jax.Array, jitter: Jitter, mean: jax.Array, to_gray: jax.Array
+) -> jax.Array:
+    """What `jitter` makes of a pixel: (N, C, C + 1), matrix and offset, to the same."""
+    channels = len(to_gray)
+    identity = jnp.eye(channels)
+
+    def blend_slot(mixture, slot, enabled):
+        matrix, offset = mixture[..., :channels], mixture[..., channels:]
+        mean_now = _times(matrix, mean[..., None]) + offset  # (N, C, 1)
+        # Of a pixel's channels, and a constant: (N, C, C), (N, C, 1).
         pivots = {
             "brightness": (0.0, 0.0),
-            "contrast": (0.0, jnp.sum(luma[:, None] * mean, axis=1, keepdims=True)),
+            "contrast": (0.0, _times(to_gray, mean_now)),
             "saturation": (to_gray, 0.0),
         }
-        factor, of_pixel, constant = jnp.ones((len(whole), 1, 1)), 0.0, 0.0
+        factor, of_pixel, constant = 1.0, 0.0, 0.0
         for number, (name, amount) in enumerate(jitter.factors.items()):
             taken = ((jitter.order[:, slot] == number) & enabled)[:, None, None]
             factor = jnp.where(taken, amount[:, None, None], factor)
             of_pixel = jnp.where(taken, pivots[name][0], of_pixel)
             constant = jnp.where(taken, pivots[name][1], constant)
-        whole = times(factor * identity + (1 - factor) * of_pixel, whole)
-        return whole.at[..., channels].add(((1 - factor) * constant)[..., 0])
+        mixture = _times(factor * identity + (1 - factor) * of_pixel, mixture)
+        shift = jnp.broadcast_to((1 - factor) * constant, offset.shape)
+        return mixture + jnp.concatenate([jnp.zeros_like(matrix), shift], axis=2)
 
-    def turn(whole):
-        return times(_rotation(jitter.turns), whole)
+    def turn(mixture, turns):
+        return _times(_rotation(turns), mixture)
 
-    if jitter is not None:
-        whole = _in_order(whole, jitter, blend_slot, turn if channels > 1 else None)
-    if grayed is not None:
-        whole = jnp.where(grayed[:, None, None], times(to_gray, whole), whole)
-    mixed = whole[:, None, :, channels, None]  # (N, 1, C, 1)
-    for channel in range(channels):
-        weight = whole[:, None, :, channel, None]
-        mixed = mixed + weight * planes[:, :, channel : channel + 1]
-    return mixed
+    return _in_order(mixture, jitter, blend_slot, turn if channels > 1 else None)
+
+
+def _times(matrices: jax.Array, others: jax.Array) -> jax.Array:
+    return jnp.matmul(matrices, others, precision=lax.Precision.HIGHEST)
 
 
 def _rotation(turns: jax.Array) -> jax.Array:

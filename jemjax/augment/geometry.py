@@ -1,5 +1,6 @@
 """Where the pixels of a view come from: boxes, resizing and mirroring."""
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -249,8 +250,10 @@ def random_flip(
     return to_images(mirror_planes(planes, happens(chance, probability)))
 
 
-def mirror_planes(planes: jax.Array, mirrored: jax.Array) -> jax.Array:
-    """Mirrors left to right where `mirrored` (N,): (N, H, C, W) as it is."""
+def mirror_planes(planes: jax.Array, mirrored: jax.Array | None) -> jax.Array:
+    """Mirrors left to right where `mirrored` (N,), if any: (N, H, C, W) as it is."""
+    if mirrored is None:
+        return planes
     return jnp.where(mirrored.reshape(-1, 1, 1, 1), planes[..., ::-1], planes)
 
 
@@ -355,12 +358,13 @@ def _interpolating(
 def _mix(planes: jax.Array, taps: Taps) -> jax.Array:
     """Mixes the first axis of each image: (N, pixels, ...) -> (N, out, ...)."""
     read = jax.vmap(lambda image, sources: image[sources])
-    mixed = 0.0
-    for tap in range(taps.sources.shape[-1]):
+
+    def part(tap):
         weights = taps.weights[..., tap]  # (N, out)
         weights = weights.reshape(*weights.shape, *[1] * (planes.ndim - 2))
-        mixed = mixed + weights * read(planes, taps.sources[..., tap].astype(jnp.int32))
-    return mixed
+        return weights * read(planes, taps.sources[..., tap].astype(jnp.int32))
+
+    return functools.reduce(jnp.add, map(part, range(taps.sources.shape[-1])))
 
 
 def _numbers(count: int) -> jax.Array:

@@ -7,6 +7,7 @@ normalize. An operation with probability 0 leaves nothing in the program.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -204,14 +205,44 @@ def make_views(
         ValueError: for wrong shapes.
     """
     planes = to_planes(images)
-    # Each operation of each view has its own keys, so that to leave one out changes
-    # nothing in the others.
-    shape = (len(recipe.views), len(PARTS))
-    split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
-    keys = split(example_keys(key, len(planes)))  # (V, P, N)
+    keys = _keys_of_views(key, len(planes), recipe)
     return tuple(
-        _make_view(dict(zip(PARTS, keys[number], strict=True)), planes, view)
-        for number, view in enumerate(recipe.views)
+        _finish_view(keys, _crop(keys, planes, view), view)
+        for keys, view in zip(keys, recipe.views, strict=True)
+    )
+
+
+def finish_views(
+    key: jax.Array, crops: Sequence[jax.Array], recipe: ViewRecipe
+) -> tuple[jax.Array, ...]:
+    """What `make_views` does after the crop, to crops that were made elsewhere.
+
+    With the same keys: only what is drawn for the crops is not used.
+
+    Args:
+        key: one key, folded with each row's index, or N keys.
+        crops: for each view of the recipe, (N, size, size, C), C = 1 or 3, float in
+            [0, 1] or uint8.
+        recipe: what to do.
+
+    Returns:
+        For each view of the recipe, (N, size, size, C) float32, normalized.
+
+    Raises:
+        ValueError: for wrong shapes, or another number of crops.
+    """
+    planes = [to_planes(crop) for crop in crops]
+    count = len(planes[0]) if planes else 0
+    shapes = [(len(crop), crop.shape[1], crop.shape[3]) for crop in planes]
+    expected = [(count, view.size, view.size) for view in recipe.views]
+    if shapes != expected:
+        raise ValueError(
+            f"crops: got (N, H, W) of {shapes}, expected one for each view: {expected}"
+        )
+    keys = _keys_of_views(key, count, recipe)
+    return tuple(
+        _finish_view(keys, mirror_planes(crop, _mirrored(keys, view)), view)
+        for keys, crop, view in zip(keys, planes, recipe.views, strict=True)
     )
 
 
@@ -233,20 +264,26 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
     return to_images(normalize_planes(jnp.clip(planes, 0, 1), view.mean, view.std))
 
 
-def _make_view(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
-    return _finish_view(keys, _crop(keys, planes, view), view)
+def _keys_of_views(
+    key: jax.Array, count: int, recipe: ViewRecipe
+) -> list[dict[str, jax.Array]]:
+    """For each view (N,) keys of each operation.
+
+    Its own, so that to leave one out changes nothing in the others.
+    """
+    shape = (len(recipe.views), len(PARTS))
+    split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
+    keys = split(example_keys(key, count))  # (V, P, N)
+    return [dict(zip(PARTS, of_view, strict=True)) for of_view in keys]
 
 
 def _crop(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
     """The view's part of the image, mirrored or not: (N, H, C, W) -> (N, S, C, S)."""
     count, height, _, width = planes.shape
-    mirrored = None
-    if view.flip_probability > 0:
-        (chance,) = uniforms(keys["flip"], 1)
-        mirrored = chance < view.flip_probability
+    mirrored = _mirrored(keys, view)
     if view.crop_scale is None:
         planes = resize_planes(planes, view.size, view.interpolation)
-        return planes if mirrored is None else mirror_planes(planes, mirrored)
+        return mirror_planes(planes, mirrored)
     boxes = random_boxes(
         keys["crop"],
         count,
@@ -256,6 +293,14 @@ def _crop(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Arra
     )
     size = (view.size, view.size)
     return crop_planes(planes, boxes, size, view.interpolation, mirrored=mirrored)
+
+
+def _mirrored(keys: dict[str, jax.Array], view: View) -> jax.Array | None:
+    """Which images are mirrored, (N,) bool; None: none is."""
+    if view.flip_probability == 0:
+        return None
+    (chance,) = uniforms(keys["flip"], 1)
+    return chance < view.flip_probability
 
 
 def _finish_view(

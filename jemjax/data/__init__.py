@@ -1,9 +1,11 @@
 """Images and their labels, loaded by Grain. It imports neither jax nor TensorFlow."""
 
+from jemjax.data.crops import Crop
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
     DataError,
+    EncodedSource,
     FolderSource,
     Source,
     TFDSSource,
@@ -15,7 +17,9 @@ from jemjax.data.sources import (
 
 __all__ = [
     "ArraySource",
+    "Crop",
     "DataError",
+    "EncodedSource",
     "FolderSource",
     "Source",
     "TFDSSource",

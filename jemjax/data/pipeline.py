@@ -1,14 +1,16 @@
 """The stream of training batches: a function of seed and step, and of nothing else."""
 
+import functools
 import operator
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jemjax.data.sources import ArraySource, DataError, Source
+from jemjax.data.crops import Crop, gather_crops
+from jemjax.data.sources import ArraySource, DataError, EncodedSource, Source
 
 
 def batches(
@@ -20,6 +22,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
+    crops: Sequence[Crop] = (),
 ) -> "Batches":
     """This host's part of every global batch, without end.
 
@@ -36,11 +39,16 @@ def batches(
         process_count: how many hosts there are.
         workers: processes that decode images; 0 decodes in threads. Images in memory
             need none, and have none.
+        crops: of the full images of an `EncodedSource`, which take the place of the
+            images. What is drawn for them depends on the seed, the row's number since
+            step 0 and the crop's number only.
 
     Returns:
-        An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32}.
+        An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32}; with crops of
+        {"views": a tuple of (b, size, size, C) uint8, "label": (b,) int32}.
 
     Raises:
+        ValueError: for numbers out of range, or crops of a source that is in memory.
         DataError: if the source is smaller than a batch, or, while iterating, if an
             image cannot be read.
     """
@@ -53,14 +61,20 @@ def batches(
         process_count=process_count,
         workers=workers,
     )
+    gather = functools.partial(_gather_images, source)
+    if crops:
+        if not isinstance(source, EncodedSource):
+            raise ValueError(f"crops: got a source {source.name}, expected image files")
+        gather = functools.partial(gather_crops, source, tuple(crops), seed)
     import grain  # it brings jax, which this package does not
 
     # Grain shuffles and slices indices; images are then gathered a batch at a time,
     # which for images in memory is one NumPy index instead of a call for each.
     dataset: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
+    # Before they are dealt out to the hosts, parts are numbered in the whole stream.
+    dataset = dataset.map_with_index(gather)
     dataset = dataset[process_index::process_count][step:]
-    dataset = dataset.map(source.gather)
     # Batches wait in memory, so no more of them than threads that make them.
     threads = 1 if workers else min(16, max(2, os.cpu_count() or 1))
     dataset = dataset.to_iter_dataset(
@@ -74,7 +88,13 @@ def batches(
     return Batches(iter(dataset))
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
+def _gather_images(
+    source: Source, number: int, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    return source.gather(indices)
+
+
+class Batches(Iterator[dict[str, Any]]):
     """Batches as plain arrays.
 
     Their workers end when it is closed or dropped, or Python exits.
@@ -84,13 +104,15 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._iterators = [iterator]
         self.close = weakref.finalize(self, _close, self._iterators)
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterators[0])
-        # A worker's arrays lie in shared memory that goes with them.
-        return {
-            name: array if type(array) is np.ndarray else np.array(array, subok=False)
-            for name, array in batch.items()
-        }
+    def __next__(self) -> dict[str, Any]:
+        return {name: _plain(part) for name, part in next(self._iterators[0]).items()}
+
+
+def _plain(part: Any) -> Any:
+    """Arrays of their own: a worker's lie in shared memory that goes with them."""
+    if isinstance(part, tuple):
+        return tuple(map(_plain, part))
+    return part if type(part) is np.ndarray else np.array(part, subok=False)
 
 
 def _close(iterators: list[Any]) -> None:

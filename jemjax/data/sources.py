@@ -6,6 +6,7 @@ Grain, a thread pool or a loop can read it.
 
 import abc
 import concurrent.futures
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -42,6 +43,7 @@ EXTENSIONS = frozenset(
 _FORMATS = (
     "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF TGA PCX SGI ICO ICNS QOI"
 ).split()
+ORIENTATION = 0x0112  # of EXIF
 _GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 _SIGNATURES = {
     b"\xff\xd8\xff": "a JPEG image",
@@ -69,11 +71,15 @@ class Source(abc.ABC):
         name: how `open_data` calls it.
         class_names: the name of each label; empty for images without labels.
         image_shape: (H, W, C) of every image.
+        sizes_differ: whether the images themselves are of several sizes, of which
+            `image_shape` shows the centers only; crops of them are made of the files
+            (`jemjax.data.crops`).
     """
 
     name: str
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    sizes_differ: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -88,16 +94,38 @@ class Source(abc.ABC):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """An example: "image" (H, W, C) uint8 and "label" () int32."""
 
+    @abc.abstractmethod
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples as a batch: "image" (b, H, W, C) uint8 and "label" (b,) int32."""
-        return _stack([self[index] for index in indices.tolist()])
 
 
-def _stack(examples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.stack([example["label"] for example in examples]),
-    }
+class Encoded(NamedTuple):
+    """An image that is not decoded yet, and its label."""
+
+    file: str | io.BytesIO
+    """a path, or a file in memory"""
+    where: str
+    """how messages call it"""
+    label: int
+
+
+class EncodedSource(Source):
+    """Images that are decoded each time they are asked for."""
+
+    @abc.abstractmethod
+    def encoded(self, indices: np.ndarray) -> list[Encoded]:
+        """The examples as they are stored."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch = self.gather(np.array([index]))
+        return {"image": batch["image"][0], "label": batch["label"][0]}
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch, each image brought to `image_shape`."""
+        examples = self.encoded(indices)
+        images = [read_image(e.file, self.image_shape, e.where) for e in examples]
+        labels = [example.label for example in examples]
+        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
 
 
 def open_data(
@@ -116,7 +144,7 @@ def open_data(
             class held out for it, chosen by file name.
         image_size: makes every image a square of this side, by resizing its shorter
             side and cropping the center. Unless given, images keep their size if it
-            is the same for all, and are 256 x 256 otherwise.
+            is the same for all, and are 256 x 256 otherwise (but see `sizes_differ`).
         data_dir: where prepared TensorFlow Datasets are; unless given, their default.
 
     Raises:
@@ -247,9 +275,12 @@ def load_arrays(
 def in_memory(
     source: Source, *, max_bytes: int = 2 * 2**30, progress: Progress | None = None
 ) -> Source:
-    """The source decoded into memory if it fits, else the source as it is."""
+    """The source decoded into memory if it fits, else the source as it is.
+
+    So are images of several sizes, of which an array could hold the centers only.
+    """
     fits = len(source) * math.prod(source.image_shape) <= max_bytes
-    if isinstance(source, ArraySource) or not fits:
+    if isinstance(source, ArraySource) or source.sizes_differ or not fits:
         return source
     return ArraySource(
         *load_arrays(source, progress=progress),
@@ -304,7 +335,7 @@ def _open_digits(split: Split, image_size: int | None) -> ArraySource:
 # ------------------------------------------------------------------ folders
 
 
-class FolderSource(Source):
+class FolderSource(EncodedSource):
     """Image files, read and decoded one by one.
 
     Args:
@@ -314,6 +345,7 @@ class FolderSource(Source):
         name: how `open_data` calls it.
         class_names: the name of each label.
         image_shape: (H, W, C) to which every image is brought.
+        sizes_differ: whether the images themselves are of several sizes.
     """
 
     def __init__(
@@ -325,6 +357,7 @@ class FolderSource(Source):
         name: str,
         class_names: Sequence[str],
         image_shape: tuple[int, int, int],
+        sizes_differ: bool,
     ):
         self.root = root
         self.files = files
@@ -332,6 +365,7 @@ class FolderSource(Source):
         self.name = name
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
+        self.sizes_differ = sizes_differ
 
     def __len__(self) -> int:
         return len(self.files)
@@ -340,10 +374,13 @@ class FolderSource(Source):
         """The file of an example."""
         return os.path.join(self.root, self.files[index])
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        path = self.path(index)
-        image = read_image(path, self.image_shape, show_path(path))
-        return {"image": image, "label": self.labels[index]}
+    def encoded(self, indices: np.ndarray) -> list[Encoded]:
+        """The files of the examples."""
+        examples = []
+        for index in indices.tolist():
+            path = self.path(index)
+            examples.append(Encoded(path, show_path(path), int(self.labels[index])))
+        return examples
 
 
 def _open_folder(
@@ -359,7 +396,7 @@ def _open_folder(
             f" image(s), too few for a {split} part; add images"
         )
     everything = [file for part in parts.values() for file, _ in part]
-    shape = _survey_folder(name, root, everything, image_size)
+    sizes, channels = _survey_folder(name, root, everything)
     files, labels = zip(*parts[split], strict=True)
     return FolderSource(
         root,
@@ -367,7 +404,8 @@ def _open_folder(
         np.asarray(labels, np.int32),
         name=name,
         class_names=class_names,
-        image_shape=shape,
+        image_shape=(*_choose_size(sizes, image_size), channels),
+        sizes_differ=image_size is None and len(sizes) > 1,
     )
 
 
@@ -485,9 +523,9 @@ def _why_no_folder(root: str) -> str:
 
 
 def _survey_folder(
-    name: str, root: str, files: Sequence[str], image_size: int | None
-) -> tuple[int, int, int]:
-    """The shape to which images are brought, from the headers of the files.
+    name: str, root: str, files: Sequence[str]
+) -> tuple[set[tuple[int, int]], int]:
+    """The sizes of the images, and their channels, from the headers of the files.
 
     One channel if all images are grey. Of a folder of more than `HEADERS_READ` files
     a sample is looked at; an image that differs is brought to the shape when read.
@@ -508,7 +546,7 @@ def _survey_folder(
         height, width, is_grey = read_header(path, show_path(path))
         sizes.add((height, width))
         grey = grey and is_grey
-    return (*_choose_size(sizes, image_size), 1 if grey else 3)
+    return sizes, 1 if grey else 3
 
 
 def _choose_size(
@@ -523,7 +561,7 @@ def _choose_size(
 # ------------------------------------------------------------------ TensorFlow Datasets
 
 
-class TFDSSource(Source):
+class TFDSSource(EncodedSource):
     """One split of a prepared set, through tfds's random-access data source.
 
     Args:
@@ -532,6 +570,7 @@ class TFDSSource(Source):
         name: how `open_data` calls it.
         class_names: the name of each label.
         image_shape: (H, W, C) to which every image is brought.
+        sizes_differ: whether the images themselves are of several sizes.
     """
 
     def __init__(
@@ -542,34 +581,32 @@ class TFDSSource(Source):
         name: str,
         class_names: Sequence[str],
         image_shape: tuple[int, int, int],
+        sizes_differ: bool,
     ):
         self.records = records
         self.keys = keys
         self.name = name
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
+        self.sizes_differ = sizes_differ
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._decode(index, self.records[index])
-
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch; its records are read together, which costs half the time."""
-        places = indices.tolist()
-        records = self.records.__getitems__(places)
-        return _stack(
-            [self._decode(*item) for item in zip(places, records, strict=True)]
-        )
-
-    def _decode(self, index: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
+    def encoded(self, indices: np.ndarray) -> list[Encoded]:
+        """The records of the examples, read together, which costs half the time."""
         image_key, label_key = self.keys
-        image = read_image(
-            io.BytesIO(record[image_key]), self.image_shape, f"{self.name}[{index}]"
-        )
-        label = record[label_key] if label_key else -1
-        return {"image": image, "label": np.asarray(label, np.int32)}
+        places = indices.tolist()
+        return [
+            Encoded(
+                io.BytesIO(record[image_key]),
+                f"{self.name}[{index}]",
+                int(record[label_key]) if label_key else -1,
+            )
+            for index, record in zip(
+                places, self.records.__getitems__(places), strict=True
+            )
+        ]
 
 
 def _open_tfds(
@@ -624,6 +661,7 @@ def _open_tfds(
         name=name,
         class_names=builder.info.features[keys[1]].names if keys[1] else (),
         image_shape=(*_choose_size(sizes, image_size), 1 if channels == 1 else 3),
+        sizes_differ=image_size is None and len(sizes) > 1,
     )
 
 
@@ -712,16 +750,30 @@ def show_path(path: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-def read_header(file: str | io.BytesIO, where: str) -> tuple[int, int, bool]:
-    """Height, width (upright) and whether grey, without decoding the pixels."""
+@contextlib.contextmanager
+def opened(file: str | io.BytesIO, where: str) -> Iterator[Image.Image]:
+    """An image of which the header is read; what is found wrong with it is named.
+
+    Args:
+        file: a path, or a file in memory.
+        where: the name of the image in error messages.
+
+    Raises:
+        DataError: if it is no image, damaged, or not finite.
+    """
     try:
         with Image.open(file, formats=_formats()) as image:
-            width, height = image.size
-            if _lies_on_its_side(image):
-                width, height = height, width
-            return height, width, image.mode in _GREY_MODES
-    except Exception as error:
+            yield image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything
         raise _unreadable(file, where, error) from error
+
+
+def read_header(file: str | io.BytesIO, where: str) -> tuple[int, int, bool]:
+    """Height, width (upright) and whether grey, without decoding the pixels."""
+    with opened(file, where) as image:
+        return (*upright_size(image), image.mode in _GREY_MODES)
 
 
 def read_image(
@@ -745,13 +797,8 @@ def read_image(
     Raises:
         DataError: if it is no image, damaged, or not finite.
     """
-    try:
-        with Image.open(file, formats=_formats()) as image:
-            return _to_array(image, shape)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything
-        raise _unreadable(file, where, error) from error
+    with opened(file, where) as image:
+        return _to_array(image, shape)
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -776,12 +823,18 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width after the EXIF orientation is applied, from the header."""
+    width, height = image.size
+    return (width, height) if _lies_on_its_side(image) else (height, width)
+
+
 def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether applying the EXIF orientation swaps height and width."""
     # A TIFF's size is upright already; a PNG without EXIF would be decoded to look.
-    if image.format == "TIFF" or "exif" not in image.info:
+    if image.format == "TIFF" or not {"exif", "xmp"} & image.info.keys():
         return False
-    return image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
 
 
 def _to_array(
@@ -798,13 +851,13 @@ def _to_array(
             None, (math.ceil(image.width * scale), math.ceil(image.height * scale))
         )
     ImageOps.exif_transpose(image, in_place=True)
-    image = _to_channels(image, channels)
+    image = to_channels(image, channels)
     if height and width:
         image = fit(image, height, width)
     return np.array(image, np.uint8).reshape(image.height, image.width, channels)
 
 
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """Any mode of Pillow to L (one channel) or RGB (three)."""
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_eight_bits(np.asarray(image)))

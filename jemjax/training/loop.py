@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jemjax import __version__
 from jemjax.augment import ViewRecipe
-from jemjax.data import Source, batches, in_memory, open_data
+from jemjax.data import Crop, Source, batches, in_memory, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS, Optimization
 from jemjax.models import create_backbone
@@ -47,7 +47,7 @@ from jemjax.training.mesh import (
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.state import TrainState, init_state
-from jemjax.training.step import Step, make_train_step
+from jemjax.training.step import Images, Step, make_train_step
 
 
 class Run(NamedTuple):
@@ -61,6 +61,8 @@ class Run(NamedTuple):
     schedule: Callable[[ArrayLike], jax.Array]
     step: Step
     image_shape: tuple[int, int, int]
+    crops: tuple[Crop, ...]
+    """what the loader makes of images of several sizes; else it gives the images"""
 
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
@@ -77,15 +79,24 @@ class Run(NamedTuple):
         view = jnp.zeros((2, size, size, self.image_shape[2]), jnp.float32)
         return init_state(key, self.config.method, self.network, self.optimizer, view)
 
-    def shapes(self) -> tuple[TrainState, jax.ShapeDtypeStruct]:
+    def shapes(self) -> tuple[TrainState, Any]:
         """What a step is given: shapes, dtypes and shardings; nothing is computed."""
-        images = jax.ShapeDtypeStruct(
-            (self.config.batch_size, *self.image_shape),
-            jnp.uint8,
-            sharding=batch_sharding(self.mesh),
-        )
+
+        def images(height, width):
+            return jax.ShapeDtypeStruct(
+                (self.config.batch_size, height, width, self.image_shape[2]),
+                jnp.uint8,
+                sharding=batch_sharding(self.mesh),
+            )
+
+        crops = tuple(images(crop.size, crop.size) for crop in self.crops)
         state = jax.eval_shape(self._init, jax.random.key(0))
-        return shaped(state, state_sharding(state, self.mesh)), images
+        state = shaped(state, state_sharding(state, self.mesh))
+        return state, crops or images(*self.image_shape[:2])
+
+    def images(self, batch: dict[str, Any]) -> Images:
+        """What a step is given of a loader's batch, on the devices."""
+        return to_devices(batch["views" if self.crops else "image"], self.mesh)
 
     def check(self) -> None:
         """Traces a step, in which what makes no sense is refused with the reason."""
@@ -149,8 +160,21 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         )
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{method.name}: {error}") from error
+    crops = tuple(
+        Crop(view.size, view.crop_scale, view.crop_ratio, view.interpolation)
+        for view in recipe.views
+        if source.sizes_differ
+    )
     return Run(
-        config, mesh, network, recipe, optimizer, schedule, step, source.image_shape
+        config,
+        mesh,
+        network,
+        recipe,
+        optimizer,
+        schedule,
+        step,
+        source.image_shape,
+        crops,
     )
 
 
@@ -270,17 +294,18 @@ def _train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.workers,
+        crops=run.crops,
     )
     shown: dict[str, float] = {}
     training = 0.0  # seconds in steps, without compilation and measurements
     mark, marked, counted = time.monotonic(), first, 0
     display.start(total, first)
     try:
-        images = to_devices(next(stream)["image"], run.mesh)
+        images = run.images(next(stream))
         for step in range(first + 1, total + 1):
             state, metrics = run.step(state, images)
             if step < total:  # the next batch is loaded while the devices work
-                images = to_devices(next(stream)["image"], run.mesh)
+                images = run.images(next(stream))
             if step % config.log_every == 0 or step in (first + 1, total):
                 row = {name: float(value) for name, value in metrics.items()}
                 now = time.monotonic()
@@ -507,9 +532,12 @@ def _header(run: Run, source: Source, test: Source):
     config = run.config
     assert config.steps
     height, width, channels = source.image_shape
+    shape = f"{height} x {width} x {channels}"
+    if source.sizes_differ:
+        shape = f"several sizes, measured at {shape}"
     yield (
         "data",
-        f"{config.data}: {len(source):,} images of {height} x {width} x {channels}"
+        f"{config.data}: {len(source):,} images of {shape}"
         + (f", {source.num_classes} classes" if source.num_classes else ", no labels"),
     )
     yield "measured on", f"{config.eval_data}: {len(test):,} test images"
@@ -517,6 +545,8 @@ def _header(run: Run, source: Source, test: Source):
     yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
     for number, line in enumerate(str(run.recipe).splitlines()):
         yield ("views" if number == 0 else ""), line
+    if run.crops:
+        yield "", "crops made by the loader, of full images; the rest on the device"
     options = config.optimizer
     yield (
         "training",

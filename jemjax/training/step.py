@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jemjax.augment import ViewRecipe, make_views
+from jemjax.augment import ViewRecipe, finish_views, make_views
 from jemjax.augment.inputs import example_keys
 from jemjax.augment.masking import make_masks, num_kept_patches
 from jemjax.evaluation import normalized_std
@@ -27,7 +27,9 @@ from jemjax.training.mesh import (
 )
 from jemjax.training.state import TrainState, without_predictor
 
-Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+# One array of images, or for each view an array of crops that the loader made.
+Images = jax.Array | tuple[jax.Array, ...]
+Step = Callable[[TrainState, Images], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -61,7 +63,8 @@ def make_train_step(
 
     Returns:
         (state, (N, H, W, C) uint8 images) -> (state after the step, scalars to log).
-        The state given is donated: its buffers are those of the one returned.
+        The state given is donated: its buffers are those of the one returned. In place
+        of the images may be a tuple of the views' crops, (N, size, size, C) uint8.
 
     References:
         Gao, Zhang, Han, Callan, 2021 (arXiv:2101.06983), for the order of `accumulate`.
@@ -76,7 +79,10 @@ def make_train_step(
             view_keys, mask_keys, drop_keys = jax.vmap(
                 lambda key: jax.random.split(key, 3), out_axes=1
             )(keys)
-            views = make_views(view_keys, images, recipe)
+            if isinstance(images, tuple):
+                views = finish_views(view_keys, images, recipe)
+            else:
+                views = make_views(view_keys, images, recipe)
             masks = branches.masks(mask_keys)
             return branches.embed(
                 params, state.target_params, statistics, views, masks, drop_keys
@@ -111,9 +117,10 @@ def make_train_step(
             out_specs=P(),
         )(online, target, memory)
 
-    def train_step(state: TrainState, images: jax.Array):
+    def train_step(state: TrainState, images: Images):
         clock = Clock(state.step, steps_per_epoch, total_steps)
-        keys = example_keys(jax.random.fold_in(state.key, state.step), len(images))
+        count = len(jax.tree.leaves(images)[0])
+        keys = example_keys(jax.random.fold_in(state.key, state.step), count)
 
         def loss_of_params(params):
             statistics, (online, target) = embed(params, state, images, keys)

@@ -212,6 +212,31 @@ def test_two_different_views_of_each_image(images, key):
     assert (np.abs(views[0] - views[1]).mean((1, 2, 3)) > 0.01).all()
 
 
+@pytest.mark.parametrize("operation", ["flip", "jitter", "blur", "solarize"])
+def test_crops_made_elsewhere_are_finished_with_the_same_draws(images, key, operation):
+    others = [part for part in PARTS if part != operation]
+    recipe = functools.reduce(
+        augment.ViewRecipe.without, others, augment.byol_small(14)
+    )
+    view = dataclasses.replace(recipe.views[0], **{f"{operation}_probability": 0.5})
+    recipe = augment.ViewRecipe((view, view))
+    square = images[:, :14]
+    finish = jax.jit(augment.finish_views, static_argnames="recipe")
+    made = finish(key, (square, square), recipe)
+    expected = make_views(key, square, recipe)  # the whole image is the crop
+    for one, other in zip(made, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (np.abs(made[0] - made[1]).max((1, 2, 3)) > 0.01).any()
+
+
+def test_crops_that_are_not_the_recipes_are_refused(images, key):
+    recipe = augment.vicreg_small(14)
+    square = images[:, :14]
+    for crops in [(), (square,), (square, images), (square, square[:8])]:
+        with pytest.raises(ValueError, match=r"crops: got .* expected one for each"):
+            augment.finish_views(key, crops, recipe)
+
+
 def test_another_key_makes_another_view(images, key):
     (first,) = make_views(key, images, EVERYTHING)
     (second,) = make_views(jax.random.key(1), images, EVERYTHING)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jemjax.data import ArraySource, DataError, batches, open_data
+from jemjax.data import ArraySource, Crop, DataError, batches, open_data
 
 EXAMPLES = 23
 
@@ -79,6 +79,74 @@ def test_image_files_give_the_stream_of_images_in_memory(tmp_path):
     stream.close()
 
 
+CROPS = (Crop(6, (0.2, 1.0)), Crop(6, (0.2, 1.0)), Crop(3, (0.05, 0.2)))
+
+
+@pytest.fixture(scope="module")
+def several_sizes(tmp_path_factory):
+    """A folder of noise, JPEG and PNG, of several sizes."""
+    folder = tmp_path_factory.mktemp("sizes")
+    rng = np.random.default_rng(0)
+    (folder / "train").mkdir()
+    for i in range(EXAMPLES):
+        pixels = rng.integers(0, 256, (*rng.integers(5, 60, 2), 3), np.uint8)
+        path = folder / "train" / f"{i:03d}.{('jpg', 'png')[i % 2]}"
+        Image.fromarray(pixels).save(path)
+    (folder / "test").mkdir()
+    Image.new("RGB", (3, 2)).save(folder / "test" / "x.png")
+    return open_data(f"folder:{folder}")
+
+
+def cropped(source, count, **options):
+    """`count` batches: for each view (count, b, size, size, C), and labels."""
+    options = {"batch_size": 8, "seed": 3, "crops": CROPS, **options}
+    stream = batches(source, **options)
+    made = list(itertools.islice(stream, count))
+    stream.close()
+    return [np.stack(view) for view in zip(*(b["views"] for b in made), strict=True)]
+
+
+def test_crops_take_the_place_of_images(several_sizes):
+    batch = next(batches(several_sizes, batch_size=8, seed=3, crops=CROPS))
+    assert set(batch) == {"views", "label"}
+    assert [view.shape for view in batch["views"]] == [
+        (8, crop.size, crop.size, 3) for crop in CROPS
+    ]
+    assert all(view.dtype == np.uint8 for view in batch["views"])
+    assert batch["label"].dtype == np.int32
+    again, other = cropped(several_sizes, 1), cropped(several_sizes, 1, seed=4)
+    for view, same, different in zip(batch["views"], again, other, strict=True):
+        np.testing.assert_array_equal(view, same[0])
+        assert (view != different[0]).any()
+
+
+@given(step=st.integers(0, 20), hosts=st.sampled_from([1, 2, 4, 8]))
+def test_crops_are_a_function_of_seed_and_step_on_any_number_of_hosts(
+    several_sizes, step, hosts
+):
+    whole = cropped(several_sizes, step + 2)
+    parts = [
+        cropped(several_sizes, 2, step=step, process_index=host, process_count=hosts)
+        for host in range(hosts)
+    ]
+    for expected, *of_hosts in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate(of_hosts, axis=1), expected[step:])
+
+
+def test_each_epoch_crops_an_example_anew(several_sizes):
+    stream = batches(several_sizes, batch_size=EXAMPLES, seed=3, crops=CROPS[:1])
+    first, second = (next(stream)["views"][0] for _ in range(2))
+    stream.close()
+    seen = {crop.tobytes() for crop in first}
+    again = sum(crop.tobytes() in seen for crop in second)
+    assert again < EXAMPLES / 4  # the fallback boxes of long and narrow images
+
+
+def test_crops_of_images_in_memory_are_refused():
+    with pytest.raises(ValueError, match="crops: got a source arrays, expected"):
+        batches(numbered(), batch_size=8, seed=0, crops=CROPS)
+
+
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_read():
     with pytest.raises(DataError) as error:
         batches(numbered(), batch_size=512, seed=0)
@@ -122,19 +190,27 @@ def test_an_unreadable_file_reaches_the_consumer_as_one_sentence(tmp_path):
 WORKERS = """
 import sys
 import numpy as np
-from jemjax.data import DataError, batches, open_data
+from jemjax.data import Crop, DataError, batches, open_data
+
+def streams_of(source, *crops):
+    return [
+        batches(source, batch_size=8, seed=3, step=5, workers=workers,
+                process_index=1, process_count=2, crops=crops)
+        for workers in (0, 2)
+    ]
 
 if __name__ == "__main__":
     source = open_data("folder:" + sys.argv[1])
-    streams = [
-        batches(source, batch_size=8, seed=3, step=5, workers=workers,
-                process_index=1, process_count=2)
-        for workers in (0, 2)
-    ]
+    streams = streams_of(source)
+    cropped = streams_of(source, Crop(4, (0.2, 1.0)), Crop(2, (0.2, 1.0)))
     for _ in range(6):
-        threads, processes = (next(stream)["image"] for stream in streams)
-        assert type(processes) is np.ndarray
-        np.testing.assert_array_equal(threads, processes)
+        threads, processes = (
+            [next(images)["image"], *next(crops)["views"]]
+            for images, crops in zip(streams, cropped)
+        )
+        for thread, process in zip(threads, processes, strict=True):
+            assert type(process) is np.ndarray
+            np.testing.assert_array_equal(thread, process)
     for path in sys.argv[2:]:
         open(path, "w").write("text")
     try:

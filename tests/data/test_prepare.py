@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jemjax.data import DataError, load_arrays, open_data
+from jemjax.data import Crop, DataError, batches, load_arrays, open_data
 from jemjax.data.prepare import prepare
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -353,7 +353,7 @@ def test_a_folder_becomes_a_set_that_reads_like_it(tmp_path, modes):
         folder = open_data(f"folder:{tmp_path / 'raw'}", split=split)
         source = open_data("tfds:insects", split=split, data_dir=tmp_path)
         assert source.class_names == folder.class_names == ("ant", "bee")
-        assert source.image_shape == folder.image_shape
+        assert source.image_shape == folder.image_shape and not source.sizes_differ
         assert same_set(source, *load_arrays(folder))
     by_tfds = tfds.data_source("insects", split="train", data_dir=tmp_path)
     assert {record["image"].shape for record in by_tfds} == {source.image_shape}
@@ -366,7 +366,10 @@ def test_a_flat_folder_becomes_an_unlabelled_set(tmp_path):
     prepare("folder", tmp_path / "raw", name="flat", out=tmp_path)
     source = open_data("tfds:flat", data_dir=tmp_path)
     assert source.num_classes == 0 and source[0]["label"] == -1
-    assert source.image_shape == (256, 256, 3)
+    assert source.image_shape == (256, 256, 3) and source.sizes_differ
+    stream = batches(source, batch_size=8, seed=0, crops=[Crop(5, (0.2, 1.0))])
+    assert next(stream)["views"][0].shape == (8, 5, 5, 3)
+    stream.close()
     assert open_data("tfds:flat", data_dir=tmp_path, image_size=4)[0][
         "image"
     ].shape == (4, 4, 3)

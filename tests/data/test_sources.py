@@ -419,6 +419,19 @@ def test_sizes_that_differ_are_resized_and_cropped(tmp_path):
     assert small[0]["image"].shape == (8, 8, 3)
 
 
+def test_a_source_knows_whether_sizes_differ_and_is_then_not_held_in_memory(tmp_path):
+    for i, size in enumerate([(6, 4), (6, 4), (4, 6)]):
+        write(tmp_path / "several" / f"{i}.png", size=size)
+        write(tmp_path / "one" / f"{i}.png", size=(6, 4))
+    several = open_data(f"folder:{tmp_path / 'several'}")
+    assert several.sizes_differ and in_memory(several) is several
+    one = open_data(f"folder:{tmp_path / 'one'}")
+    assert not one.sizes_differ and isinstance(in_memory(one), ArraySource)
+    squares = open_data(f"folder:{tmp_path / 'several'}", image_size=8)
+    assert not squares.sizes_differ
+    assert in_memory(squares)[0]["image"].shape == (8, 8, 3)
+
+
 def test_resizing_keeps_the_center_and_the_aspect(tmp_path):
     image = Image.new("RGB", (600, 200), "white")
     image.paste("red", (200, 0, 400, 200))  # the square in the middle

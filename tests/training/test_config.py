@@ -2,8 +2,9 @@
 
 import pytest
 import tyro
+from PIL import Image
 
-from jemjax.data import open_data
+from jemjax.data import Crop, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS
 from jemjax.training.config import PretrainConfig, from_toml, resolve, to_toml
@@ -73,3 +74,31 @@ def test_what_makes_no_sense_is_refused_with_the_reason(
 ):
     with pytest.raises(UserError, match=reason):
         build(resolve(_parse(method, *arguments), digits), digits).check()
+
+
+def _folder(path, sizes):
+    for part in ("train", "test"):
+        (path / part).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            Image.new("RGB", size).save(path / part / f"{number}.png")
+    return open_data(f"folder:{path}")
+
+
+def test_images_of_several_sizes_are_cropped_by_the_loader(tmp_path):
+    options = (
+        "--batch-size=16",
+        "--image-size=24",
+        "--accumulate=2",
+        "--local-views=2",
+    )
+    options += ("--backbone=resnet-narrow",)
+    several = _folder(tmp_path / "several", [(30, 20)] * 15 + [(20, 30)])
+    run = build(resolve(_parse("swav", *options), several), several)
+    whole, local = Crop(24, (0.14, 1.0)), Crop(12, (0.05, 0.14))
+    assert run.crops == (whole, whole, local, local)
+    _, images = run.shapes()
+    assert [x.shape for x in images] == [(16, n, n, 3) for n in (24, 24, 12, 12)]
+    run.check()
+    one = _folder(tmp_path / "one", [(30, 20)] * 16)
+    run = build(resolve(_parse("swav", *options), one), one)
+    assert run.crops == () and run.shapes()[1].shape == (16, 20, 30, 3)

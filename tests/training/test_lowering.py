@@ -9,10 +9,10 @@ from training.setups import BATCH, SIZE, TINY, Setup, setup_of, tiny_method
 from jemjax.methods import VICReg
 
 
-def _lowered(setup):
+def _lowered(setup, crops_of=lambda shape: shape):
     images = setup.images(0)
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype, sharding=images.sharding)
-    return lowered(setup.step, setup.state_shapes(), shape)
+    return lowered(setup.step, setup.state_shapes(), crops_of(shape))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -29,6 +29,12 @@ def test_sharded_parameters_with_batches_in_parts_in_bfloat16(name):
     text = _lowered(setup)
     assert '"data"=4, "fsdp"=2' in text
     assert "xbf16>" in text
+
+
+def test_crops_made_by_the_loader():
+    setup = Setup(tiny_method("vicreg"), 8, accumulate=2)
+    text = _lowered(setup, lambda shape: (shape, shape))
+    assert text.count("x8x8x3xui8>") > _lowered(setup).count("x8x8x3xui8>")
 
 
 class Printing(VICReg):

@@ -174,6 +174,23 @@ def test_parameters_sharded_over_hosts_are_saved_whole(one_host, tmp_path):
 
 
 @pytest.mark.slow
+def test_images_of_several_sizes_are_cropped_alike_on_two_hosts(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for number in range(80):
+        pixels = rng.integers(0, 256, (*rng.integers(12, 60, 2), 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number:02}.png")
+    options = [*TINY, f"--data=folder:{tmp_path / 'data'}", "--accumulate=2"]
+    _run("pretrain", "vicreg", *options, f"--output={tmp_path / 'one'}", devices=8)
+    options += [f"--output={tmp_path / 'two'}"]
+    codes, said = _end(_start_hosts("pretrain", "vicreg", *options))
+    assert codes == [0, 0], said
+    assert "crops made by the loader" in said[0][0]
+    losses = _losses(tmp_path / "one")
+    assert _losses(tmp_path / "two") == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_sigterm_on_one_host_saves_and_stops_all(tmp_path):
     folder = tmp_path / "run"
     options = [*TINY[1:-3], "--steps=60", "--eval-every=0", "--final-examples=200"]

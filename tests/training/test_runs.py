@@ -199,11 +199,11 @@ def test_a_finished_run_can_be_resumed_too(finished):
     assert _results(folder)["state_sha256"] == before["state_sha256"]
 
 
-def _folder_of_images(path, names):
+def _folder_of_images(path, names, sizes=(8, 9)):
     rng = np.random.default_rng(0)
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        pixels = rng.integers(0, 256, (*rng.integers(*sizes, 2), 3), np.uint8)
         Image.fromarray(pixels).save(path / name)
     return path
 
@@ -226,6 +226,20 @@ def test_unlabelled_images_are_trained_on_and_collapse_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     results = _results(tmp_path / "run")
     assert "knn" not in results and results["collapse"]["normalized_std"] > 0
+
+
+@pytest.mark.slow
+def test_images_of_several_sizes_resumed_end_in_the_same_bytes(tmp_path):
+    names = [f"{i:03}.{('jpg', 'png')[i % 2]}" for i in range(80)]
+    data = _folder_of_images(tmp_path / "flat", names, sizes=(12, 60))
+    options = [*TINY, "--batch-size=16", "--accumulate=2", f"--data=folder:{data}"]
+    undisturbed = tmp_path / "undisturbed"
+    done = _jemjax("pretrain", "vicreg", *options, f"--output={undisturbed}")
+    assert done.returncode == 0, done.stderr
+    assert "images of several sizes, measured at 256 x 256 x 3" in done.stdout
+    assert "crops made by the loader" in done.stdout
+    results = _kill_and_resume("vicreg", options, tmp_path / "killed")
+    assert results["state_sha256"] == _results(undisturbed)["state_sha256"]
 
 
 def _text_named_jpg(tmp_path):

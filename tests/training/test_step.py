@@ -48,15 +48,22 @@ def _paths(tree):
 
 
 # Biases before a normalization, or a loss that subtracts the mean: their exact gradient
-# is zero, and what is left of it is rounding, which the optimizers scale up.
+# is zero, and what is left of it is rounding, which the optimizers scale up. So is the
+# mean of what is made, without a bias, of centered numbers.
 ROUNDING = {
     "vicreg": ["projector/Dense_0/bias"],
     "swav": ["projector/Dense_0/bias"],
     "byol": ["projector/Dense_0/bias", "predictor/Dense_0/bias"],
+    "simsiam": ["predictor/BatchNorm_0/mean"],
+    "moco-v3": ["predictor/BatchNorm_0/mean"],
 }
+# Of the attention's biases those of the keys: a softmax does not see them.
+ATTENTION = ["backbone/blocks_0/qkv/bias", "backbone/blocks_1/qkv/bias"]
 ROUNDING_WITHOUT_HEADS = {
     "vicreg": ["backbone/norm/bias"],
     "barlow-twins": ["backbone/norm/bias"],
+    "dino": ATTENTION,
+    "moco-v3": ATTENTION,
 }
 
 
@@ -66,7 +73,9 @@ FIELDS = ("params", "batch_stats", "target_params", "target_batch_stats", "loss_
 def _check_same(run, other, rounding=()):
     """Losses to 1e-5 and states, but what is rounding, to 1e-4."""
     (losses, state), (other_losses, other_state) = run, other
-    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    # Of the largest: a mean of cosines may be nearly zero.
+    largest = np.abs(losses).max()
+    np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5 * largest)
     for field in FIELDS:
         others = _paths(getattr(other_state, field))
         for path, leaf in _paths(getattr(state, field)).items():
@@ -84,14 +93,15 @@ def test_one_and_eight_devices_take_the_same_steps(name):
 
 @functools.cache
 def _twenty_steps(name):
-    return setup_of(name).run(20)
+    return Setup(tiny_method(name)).run(20)
 
 
 @pytest.mark.slow
 @METHODS
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_any_number_of_devices_takes_the_same_twenty_steps(name, devices):
-    other = setup_of(name, devices).run(20)
+    # Not kept: a process that holds very many programs is ended by XLA.
+    other = Setup(tiny_method(name), devices).run(20)
     _check_same(_twenty_steps(name), other, ROUNDING.get(name, ()))
 
 
@@ -148,6 +158,15 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(name):
 @pytest.mark.parametrize(("devices", "parts"), [(1, 2), (1, 16), (8, 2)])
 def test_every_method_may_see_its_batch_in_parts(name, devices, parts):
     _check_parts(name, devices, parts)
+
+
+def test_crops_of_the_loader_are_images_that_the_device_need_not_crop():
+    recipe = byol_small(SIZE).without("crop")  # whole images of a view's size
+    of_images = Setup(tiny_method("vicreg"), recipe=recipe, accumulate=2)
+    of_crops = Setup(tiny_method("vicreg"), 8, recipe=recipe, accumulate=2)
+    images = of_crops.images
+    of_crops.images = lambda step: (images(step), images(step))
+    _check_same(of_images.run(4), of_crops.run(4), ROUNDING["vicreg"])
 
 
 def test_the_mean_over_parts_would_be_another_loss(key):
