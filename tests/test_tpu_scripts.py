@@ -104,7 +104,12 @@ case "$*" in
 *storage\\ ls*) [[ ! -s states ]]; exit ;;
 *) echo "${*:3}" >> calls; exit ;;
 esac
-head -n 1 $next; sed -i 1d $next
+answer=$(head -n 1 $next); sed -i 1d $next
+case "$next $answer" in
+"states ") echo "ERROR: NOT_FOUND" >&2; exit 1 ;;
+"states error") echo "ERROR: UNAVAILABLE" >&2; exit 1 ;;
+esac
+echo "$answer"
 """
 
 
@@ -119,7 +124,7 @@ def test_a_preempted_slice_is_replaced_until_the_run_has_finished(tmp_path):
         (stubs / name).write_text(f"#!/bin/bash\n{text}")
         (stubs / name).chmod(0o755)
     (checkout / "states").write_text(
-        "\nPROVISIONING\nACTIVE\nACTIVE\nSUSPENDED\n\nACTIVE\nACTIVE\n"
+        "\nPROVISIONING\nACTIVE\nerror\nACTIVE\nSUSPENDED\n\nACTIVE\nACTIVE\n"
     )
     (checkout / "progress").write_text("absent\nrunning\nabsent\nstopped\n")
     done = _run(launch, "keep", stubs=stubs, PROJECT="mine", BUCKET="images")

@@ -94,9 +94,14 @@ delete() {
   tpus queued-resources delete "$TPU" --force
 }
 
-# Of the slice: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ... or nothing if there is none.
+# Of the slice: WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, ...; nothing if there is none;
+# unknown if Google cannot be asked now.
 state() {
-  tpus queued-resources describe "$TPU" --format="value(state.state)" 2>/dev/null || true
+  local errors
+  errors=$(mktemp)
+  tpus queued-resources describe "$TPU" --format="value(state.state)" 2>"$errors" ||
+    grep -q NOT_FOUND "$errors" || echo unknown
+  rm "$errors"
 }
 
 # Of the run, a line for each host: absent, running or stopped.
@@ -122,8 +127,7 @@ keep() {
   until finished; do
     case $(state) in
     "")
-      create
-      attempts=0
+      if "$self" create; then attempts=0; else attempt false; fi
       ;;
     FAILED | SUSPENDING | SUSPENDED) delete || true ;; # it cannot become active again
     ACTIVE)
@@ -142,7 +146,7 @@ keep() {
 # Each is a process of its own, in which the first failure is the end.
 attempt() {
   if ((++attempts > ATTEMPTS)); then
-    on_hosts 0 log >&2
+    on_hosts 0 log >&2 || true
     echo "launch.sh: $ATTEMPTS attempts on this slice, which still costs: delete it" >&2
     exit 1
   fi

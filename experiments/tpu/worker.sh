@@ -54,6 +54,10 @@ stop() {
     running || break
     sleep 1
   done
+  if running; then
+    kill -KILL "$(cat run.pid)"
+    sleep 1
+  fi
   status
 }
 

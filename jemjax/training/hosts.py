@@ -7,10 +7,13 @@ one of them, such as opening data, is done in a block that all of them leave ali
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -22,6 +25,8 @@ from jemjax.errors import UserError
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _COUNT = "JAX_NUM_PROCESSES"
 _INDEX = "JAX_PROCESS_ID"
+# By which a process is seen to be one of several, JAX's and those of Slurm, Open MPI.
+_COUNTS = (_COUNT, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Seconds after which somebody who waits for other hosts is told so.
 PATIENCE = 10
 
@@ -50,16 +55,19 @@ def connect(multihost: bool) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    count = _number(_COUNT)
     if not multihost:
+        counts = {name: _number(name) or 1 for name in _COUNTS}
         # On a slice of TPUs each host sees all devices even so.
-        several = max(count or 1, jax.process_count())
-        if several > 1:
+        counts["jax.process_count()"] = jax.process_count()
+        name = max(counts, key=lambda name: counts[name])
+        if counts[name] > 1:
             raise UserError(
-                f"this is one of {several} hosts, each of which would train a network"
-                f" of its own: add --multihost (or unset {_COUNT})"
+                f"this is one of {counts[name]} processes, as {name} says, each of"
+                " which would train a network of its own: add --multihost, or start it"
+                " without"
             )
         return
+    count = _number(_COUNT)
     address = os.environ.get(_ADDRESS)
     if address and not address.rpartition(":")[2].isdecimal():
         raise UserError(f"{_ADDRESS}: got {address}, expected HOST:PORT")
@@ -103,6 +111,39 @@ def _number(name: str) -> int | None:
 def is_first() -> bool:
     """Whether this is the host that writes files and tells what happens."""
     return jax.process_index() == 0
+
+
+def end_on_sigterm() -> None:
+    """From here on SIGTERM ends the process, where nobody asks whether it came.
+
+    With other hosts jax only takes note of it, for a loop that saves and stops.
+    """
+    if (
+        jax.process_count() > 1
+        and threading.current_thread() is threading.main_thread()
+    ):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def require_shared(folder: Path) -> None:
+    """Stops all hosts where one does not see what the first writes into a folder."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".jemjax-hosts"
+    with together():
+        if is_first():
+            mark.write_text(uuid.uuid4().hex)
+    written = gather(mark.read_text() if is_first() else "")[0]
+    try:
+        with together():
+            if not mark.exists() or mark.read_text() != written:
+                raise UserError(
+                    f"--output {folder}: the first host's files are not seen here;"
+                    " expected a folder that all hosts share"
+                )
+    finally:
+        if is_first():
+            mark.unlink()
 
 
 def gather(text: str) -> list[str]:

@@ -1,12 +1,13 @@
 """A run, from its configuration to its results."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +36,15 @@ from jemjax.training.config import (
     to_toml,
 )
 from jemjax.training.features import Embedder, choose_examples, embed_examples
-from jemjax.training.hosts import connect, is_first, require_equal, stop, together
+from jemjax.training.hosts import (
+    connect,
+    end_on_sigterm,
+    is_first,
+    require_equal,
+    require_shared,
+    stop,
+    together,
+)
 from jemjax.training.measure import measure, measure_collapse, measure_knn
 from jemjax.training.mesh import (
     batch_sharding,
@@ -44,7 +53,13 @@ from jemjax.training.mesh import (
     state_sharding,
     to_devices,
 )
-from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
+from jemjax.training.metrics import (
+    Display,
+    MetricsFile,
+    read_metrics,
+    replacing,
+    write_json,
+)
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.state import TrainState, init_state
 from jemjax.training.step import Images, Step, make_train_step
@@ -100,6 +115,13 @@ class Run(NamedTuple):
 
     def check(self) -> None:
         """Traces a step, in which what makes no sense is refused with the reason."""
+        devices, accumulate = self.mesh.size, self.config.accumulate
+        if (self.config.batch_size or 0) % (devices * accumulate):
+            factor = f" x {accumulate} of --accumulate" if accumulate > 1 else ""
+            raise UserError(
+                f"--batch-size: got {self.config.batch_size}, expected a multiple of"
+                f" the {devices} devices{factor}"
+            )
         try:
             jax.eval_shape(self.step, *self.shapes())
         except ValueError as error:  # argument, got, expected
@@ -113,13 +135,6 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         mesh = mesh or make_mesh(fsdp=config.fsdp)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    parts = mesh.size * config.accumulate
-    if config.batch_size % parts:
-        factor = f" x {config.accumulate} of --accumulate"
-        raise UserError(
-            f"--batch-size: got {config.batch_size}, expected a multiple of the"
-            f" {mesh.size} devices{factor if config.accumulate > 1 else ''}"
-        )
     method = config.method
     try:
         backbone = create_backbone(
@@ -207,12 +222,10 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     with together():
         if is_first():
             _prepare_folder(config, folder)
+    require_shared(folder)
     with together():
-        if not (folder / "config.toml").exists():
-            raise UserError(
-                f"--output {folder}: the first host's files are not seen here; expected"
-                " a folder that all hosts share"
-            )
+        if is_first():
+            _write_config(config, folder)
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
 
     state = untrained = run.init()
@@ -231,6 +244,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     finally:
         checkpoints.close()
 
+    end_on_sigterm()  # all is saved
     examples = choose_examples(source, test, config.final_examples)
     results = {
         "method": config.method.name,
@@ -374,7 +388,7 @@ def _terms(metrics) -> list[str]:
 
 
 def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
-    """Makes the run's folder, with its configuration in it; a used one is refused."""
+    """Makes the run's folder; a used one is refused."""
     used = (folder / "config.toml").exists()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
@@ -392,10 +406,26 @@ def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
             f"--output {folder}: holds a run; continue it with --resume, delete it"
             " with --overwrite, or choose another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_config(config: PretrainConfig, folder: Path) -> None:
     # What a run is, not how it was started.
     config = dataclasses.replace(config, resume=False, overwrite=False, multihost=False)
-    (folder / "config.toml").write_text(to_toml(config))
+    with _writing(folder), replacing(folder / "config.toml") as file:
+        file.write(to_toml(config))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be written ({error.strerror}); choose another"
+            " folder"
+        ) from error
 
 
 # What may differ between a run and its continuation: nothing that changes its numbers.
@@ -467,6 +497,7 @@ def evaluate(
         UserError: where there is no run or no checkpoint, or other data do not fit.
     """
     connect(multihost)
+    end_on_sigterm()
     display = display or Display(quiet=not is_first())
     with together():
         config = load_config(folder)

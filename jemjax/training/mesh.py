@@ -22,7 +22,7 @@ MINIMUM_SHARDED = 2**12
 
 
 def make_mesh(devices: int | None = None, *, fsdp: int = 1) -> Mesh:
-    """A mesh of the first `devices` devices (all, unless given).
+    """A mesh of the first `devices` devices (all, unless given), host after host.
 
     Its axis types are Auto: the step is written for the whole batch, so that BatchNorm
     sees the global batch, and the partitioner adds the sums over devices.
@@ -37,16 +37,17 @@ def make_mesh(devices: int | None = None, *, fsdp: int = 1) -> Mesh:
     Raises:
         ValueError: if `fsdp` is not a divisor.
     """
-    chosen = jax.devices()[:devices]
+    chosen = list(jax.devices()[:devices])
     if fsdp < 1 or len(chosen) % fsdp:
         raise ValueError(
             f"fsdp: got {fsdp}, expected a divisor of the {len(chosen)} devices"
         )
-    return jax.make_mesh(
-        (len(chosen) // fsdp, fsdp),
-        BATCH_AXES,
-        axis_types=(AxisType.Auto,) * 2,
-        devices=chosen,
+    # Not jax.make_mesh, which orders the chips of a TPU slice by their places: a host's
+    # rows of a batch would then not be those that it has in the global batch.
+    chosen.sort(key=lambda device: (device.process_index, device.id))
+    shape = (len(chosen) // fsdp, fsdp)
+    return Mesh(
+        np.array(chosen).reshape(shape), BATCH_AXES, axis_types=(AxisType.Auto,) * 2
     )
 
 

@@ -276,13 +276,27 @@ def test_what_only_one_host_finds_wrong_stops_all(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_only_looks_shared_is_refused(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        (folder / "run").mkdir(parents=True)
+    (folders[1] / "run" / "config.toml").write_text("")
+    codes, said = _end(
+        _start_hosts("pretrain", "vicreg", *TINY, "--output=run", folders=folders)
+    )
+    assert codes == [2, 2], said
+    assert [errors.count("are not seen here") for _, errors in said] == [1, 0]
+    assert not list((folders[0] / "run").iterdir())
+
+
 @pytest.mark.parametrize(
     "flag, environment, text",
     [
         (["--multihost"], {}, "JAX_COORDINATOR_ADDRESS"),
         ([], {"JAX_NUM_PROCESSES": "2"}, "--multihost"),
+        ([], {"SLURM_STEP_NUM_TASKS": "2"}, "--multihost"),
     ],
-    ids=["nobody to join", "no flag"],
+    ids=["nobody to join", "no flag", "no flag, Slurm"],
 )
 def test_a_host_that_cannot_join_says_so(flag, environment, text, tmp_path):
     options = [*flag, f"--output={tmp_path / 'run'}"]

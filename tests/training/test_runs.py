@@ -97,8 +97,8 @@ def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "4 x cpu, parameters sharded over 2, batches in 4 parts" in done.stdout
-    # On a device over which nothing can be sharded.
-    done = _jemjax("evaluate", folder, JAX_NUM_CPU_DEVICES="1")
+    # On devices over which nothing can be sharded, nor such a batch in parts.
+    done = _jemjax("evaluate", folder, JAX_NUM_CPU_DEVICES="3")
     assert done.returncode == 0, done.stderr
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["knn"]["trained"] == pytest.approx(

@@ -271,6 +271,21 @@ def test_a_mesh_is_divided_without_rest():
             mesh.make_mesh(8, fsdp=fsdp)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    id: int
+    process_index: int
+
+
+def test_a_mesh_has_host_after_host_wherever_their_chips_are(monkeypatch):
+    chips = [_Chip(number, number // 2 % 4) for number in range(16)]
+    monkeypatch.setattr(mesh.jax, "devices", lambda: chips)
+    monkeypatch.setattr(mesh, "Mesh", lambda devices, *_, **__: devices)
+    for fsdp in (1, 4):
+        hosts = [chip.process_index for chip in mesh.make_mesh(fsdp=fsdp).flat]
+        assert hosts == sorted(hosts)
+
+
 # MoCo has a queue and a target: all that a state can hold.
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (4, 2)])
 def test_a_checkpoint_of_eight_devices_continues_on_fewer(devices, fsdp, tmp_path):
