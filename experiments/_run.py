@@ -1,8 +1,8 @@
 """How every script here starts: its recipe is the default, flags change it."""
 
-from jemjax.runtime import tune_cpu
+from jemjax.runtime import prepare_process
 
-tune_cpu()  # before jax starts
+prepare_process()  # before jax starts
 
 import tyro  # noqa: E402
 

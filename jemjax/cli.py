@@ -98,9 +98,9 @@ def _pretrain(arguments: list[str]) -> None:
         return
     name, arguments = arguments[0], arguments[1:]
     _choose("method", name, METHOD_NAMES)
-    from jemjax.runtime import tune_cpu
+    from jemjax.runtime import prepare_process
 
-    tune_cpu()
+    prepare_process()
     path, arguments = _take_config(arguments)
     # VICReg's word for a projector to more dimensions.
     arguments = [re.sub(r"^--expander(?=$|=)", "--projector", a) for a in arguments]
@@ -163,9 +163,9 @@ def _evaluate(arguments: list[str]) -> None:
         """
         from pathlib import Path
 
-        from jemjax.runtime import tune_cpu
+        from jemjax.runtime import prepare_process
 
-        tune_cpu()
+        prepare_process()
         from jemjax.training.hosts import leaving_at_once
         from jemjax.training.loop import evaluate
 

@@ -27,9 +27,9 @@ def doctor() -> int:
     """Prints a report, and returns an exit code: 0 where all is well."""
     print(f"jemjax {__version__}, Python {platform.python_version()}, {sys.platform}")
     missing = [name for name in (*CORE, *TRAIN) if not _report(name)]
-    from jemjax.runtime import tune_cpu
+    from jemjax import runtime
 
-    tune_cpu()
+    runtime.prepare_process()
     import jax
     import numpy as np
 
@@ -45,6 +45,7 @@ def doctor() -> int:
             f"  {os.cpu_count()} CPU cores; for a GPU install jax[cuda13], for a TPU"
             " jax[tpu]"
         )
+    print(f"settings: {runtime.settings()}")
     print(f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '(none)')}")
     print(f"free disk here: {shutil.disk_usage('.').free / 1e9:.0f} GB")
 

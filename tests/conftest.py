@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for every test, one key, and the golden files."""
 
+import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -12,6 +14,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("jemjax", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("jemjax")
+
+# Programs that commands keep: those of other tests, and none of the user's.
+CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -26,7 +26,7 @@ from jemjax.data import Crop, Source, batches, in_memory, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS, Optimization
 from jemjax.models import create_backbone
-from jemjax.runtime import quick_compilation
+from jemjax.runtime import quick_compilation, settings
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
@@ -594,6 +594,7 @@ def _header(run: Run, source: Source, test: Source):
         + (f", parameters sharded over {config.fsdp}" if config.fsdp > 1 else "")
         + (f", batches in {config.accumulate} parts" if config.accumulate > 1 else ""),
     )
+    yield "settings", settings()
     yield "output", str(config.output)
 
 
