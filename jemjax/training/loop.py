@@ -63,6 +63,7 @@ from jemjax.training.metrics import (
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.state import TrainState, init_state
 from jemjax.training.step import Images, Step, make_train_step
+from jemjax.training.timing import StepClock, describe
 
 
 class Run(NamedTuple):
@@ -289,7 +290,7 @@ def _train(
     checkpoints: Checkpoints,
     display: Display,
     folder: Path,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The loop: state after `steps` steps is in `checkpoints` when it returns."""
     config, total, batch_size = run.config, run.config.steps, run.config.batch_size
     assert total and batch_size
@@ -313,11 +314,13 @@ def _train(
     shown: dict[str, float] = {}
     training = 0.0  # seconds in steps, without compilation and measurements
     mark, marked, counted = time.monotonic(), first, 0
+    clock = StepClock()
     display.start(total, first)
     try:
         images = run.images(next(stream))
         for step in range(first + 1, total + 1):
             state, metrics = run.step(state, images)
+            clock.started(metrics["loss"])
             if step < total:  # the next batch is loaded while the devices work
                 images = run.images(next(stream))
             if step % config.log_every == 0 or step in (first + 1, total):
@@ -344,23 +347,25 @@ def _train(
                 } | {k: v for k, v in shown.items() if k == "kNN"}
                 display.step(step, total, shown)
             if _due(step, config.eval_every) and step < total:
-                embedded = embed_examples(
-                    monitor, functools.partial(embedder.embed, state)
-                )
-                assert embedded.test.embedding is not None
-                figures = measure_collapse(embedded.test.embedding)
-                row = {"step": step, "effective_rank": figures["effective_rank"]}
-                if monitor.num_classes:
-                    row["knn"] = shown["kNN"] = measure_knn(embedded)
-                if figures["collapse"]:
-                    row["collapse"] = figures["collapse"]
-                for sentence in figures["collapse"]:
-                    display.say(f"step {step}: collapse, {sentence}")
-                metrics_file.write(row)
+                with clock.spent("measuring"):
+                    embedded = embed_examples(
+                        monitor, functools.partial(embedder.embed, state)
+                    )
+                    assert embedded.test.embedding is not None
+                    figures = measure_collapse(embedded.test.embedding)
+                    row = {"step": step, "effective_rank": figures["effective_rank"]}
+                    if monitor.num_classes:
+                        row["knn"] = shown["kNN"] = measure_knn(embedded)
+                    if figures["collapse"]:
+                        row["collapse"] = figures["collapse"]
+                    for sentence in figures["collapse"]:
+                        display.say(f"step {step}: collapse, {sentence}")
+                    metrics_file.write(row)
                 mark, marked = time.monotonic(), step
             preempted = checkpoints.preempted(step)
             if preempted or step == total or _due(step, config.checkpoint_every):
-                checkpoints.save(step, state)
+                with clock.spent("saving"):
+                    checkpoints.save(step, state)
             if preempted:
                 stop(
                     f"stopped by SIGTERM after step {step}, which is saved; the same"
@@ -371,10 +376,14 @@ def _train(
         display.stop()
         metrics_file.close()
         stream.close()
+        spent = clock.stop()
+    if spent:
+        display.say(f"time after the first step: {describe(spent)}")
     rate = counted * batch_size / training if training else 0.0
     return {
         "images_per_second": round(rate, 1),
         "training_seconds": round(training, 1),
+        "seconds_after_first_step": {k: round(v, 2) for k, v in spent.items()},
     }
 
 
