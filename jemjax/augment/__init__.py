@@ -31,10 +31,12 @@ from jemjax.augment.geometry import (
 )
 from jemjax.augment.masking import (
     MaskRecipe,
+    MultiBlockMasks,
     block_mask,
     fill_masked,
     make_masks,
     mask_of_noise,
+    multi_block_masks,
     num_kept_patches,
     random_patch_mask,
 )
@@ -65,6 +67,7 @@ from jemjax.augment.recipes import (
 
 __all__ = [
     "MaskRecipe",
+    "MultiBlockMasks",
     "View",
     "ViewRecipe",
     "adjust_brightness",
@@ -90,6 +93,7 @@ __all__ = [
     "moco_imagenet",
     "moco_small",
     "mocov3_imagenet",
+    "multi_block_masks",
     "normalize",
     "num_kept_patches",
     "random_boxes",
