@@ -48,7 +48,8 @@ class ViewOptions:
     publishes it"""
     mask: Literal["none", "random", "block", "drop"] | None = None
     """hide patches from the online branch: scattered ones, or blocks; drop: scattered
-    ones are left out, of transformers; unless given, as the method publishes it"""
+    ones are left out, of transformers; none: hide nothing; unless given, as the method
+    publishes it"""
     mask_ratio: float | tuple[float, float] | None = None
     """share of the patches that are hidden; of blocks also two, between which each
     image draws its own; unless given, the method's, or 0.6, and 0.75 where they are
