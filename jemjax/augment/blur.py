@@ -50,7 +50,8 @@ def gaussian_blur(
     """
     planes = to_planes(images)
     sigmas = per_example("sigma", sigma, len(planes), 0, open_low=True)
-    radius = _radius(kernel_size, min(planes.shape[1], planes.shape[3]))
+    smaller_side = min(planes.shape[1], planes.shape[3])
+    radius = kernel_radius("kernel_size", kernel_size, smaller_side)
     if padding not in ("reflect", "zero"):
         raise ValueError(f"padding: got {padding!r}, expected 'reflect' or 'zero'")
     return to_images(_blur(planes, sigmas[..., 0], radius, padding))
@@ -62,6 +63,7 @@ def random_gaussian_blur(
     *,
     sigma: tuple[float, float] = (0.1, 2.0),
     probability: float,
+    kernel_size: int | None = None,
     padding: Padding = "reflect",
 ) -> jax.Array:
     """Blurs each image with the given probability, by a sigma drawn uniformly.
@@ -73,6 +75,7 @@ def random_gaussian_blur(
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         sigma: smallest and largest standard deviation in pixels, > 0.
         probability: in [0, 1].
+        kernel_size: as of `gaussian_blur`.
         padding: as of `gaussian_blur`.
 
     Returns:
@@ -83,7 +86,12 @@ def random_gaussian_blur(
     """
     planes = to_planes(images)
     blurred = random_blur_planes(
-        key, planes, sigma=sigma, probability=probability, padding=padding
+        key,
+        planes,
+        sigma=sigma,
+        probability=probability,
+        kernel_size=kernel_size,
+        padding=padding,
     )
     return to_images(blurred)
 
@@ -94,6 +102,7 @@ def random_blur_planes(
     *,
     sigma: tuple[float, float],
     probability: float,
+    kernel_size: int | None,
     padding: Padding,
 ) -> jax.Array:
     """`random_gaussian_blur` of (N, H, C, W) float32, in that order."""
@@ -101,22 +110,26 @@ def random_blur_planes(
     probability = check_number("probability", probability, 0, 1)
     chance, amount = uniforms(example_keys(key, len(planes)), 2)
     sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
-    radius = _radius(None, min(planes.shape[1], planes.shape[3]))
+    smaller_side = min(planes.shape[1], planes.shape[3])
+    radius = kernel_radius("kernel_size", kernel_size, smaller_side)
     blurred = _blur(planes, sigmas, radius, padding)
     return jnp.where(happens(chance, probability), blurred, planes)
 
 
-def _radius(kernel_size: int | None, smaller_side: int) -> int:
+def kernel_radius(name: str, kernel_size: int | None, smaller_side: int) -> int:
+    """How far a kernel reaches to either side, of images of this size; None: a tenth.
+
+    Raises:
+        ValueError: for an even size, or one that mirrors more than the image.
+    """
     if kernel_size is None:
         return min(max(1, smaller_side // 20), smaller_side - 1)
     if not is_whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(
-            f"kernel_size: got {kernel_size!r}, expected an odd integer >= 1"
-        )
+        raise ValueError(f"{name}: got {kernel_size!r}, expected an odd integer >= 1")
     if kernel_size // 2 >= smaller_side:
         raise ValueError(
-            f"kernel_size: got {kernel_size}, expected at most {2 * smaller_side - 1}"
-            f" for a side of {smaller_side} pixels"
+            f"{name}: got {kernel_size}, expected at most {2 * smaller_side - 1} for a"
+            f" side of {smaller_side} pixels"
         )
     return kernel_size // 2
 

@@ -1,4 +1,4 @@
-"""Which patches of an image are hidden: scattered ones, or blocks.
+"""Which patches of an image are hidden: scattered ones, blocks, or what is predicted.
 
 A mask is bool (N, T), True = masked, over the T patches of a grid, row by row. Each
 example draws from a key of its own, and every loop has a fixed length.
@@ -6,7 +6,7 @@ example draws from a key of its own, and every loop has a fixed length.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jemjax.augment.inputs import (
     check_size,
     example_keys,
     is_whole,
+    uniforms,
 )
 
 # Blocks that are tried for a mask, and how many in a row that do not fit end it.
@@ -32,8 +33,9 @@ class MaskRecipe:
     kind: Literal["random", "block", "drop"]
     """random: scattered patches; block: rectangles, BEiT's and data2vec's; drop:
     scattered ones, which a transformer leaves out, MAE's"""
-    ratio: float = 0.6
-    """share of the patches that are masked, in [0, 1]; of blocks, at most"""
+    ratio: float | tuple[float, float] = 0.6
+    """share of the patches that are masked, in [0, 1]; of blocks, at most, and drawn by
+    each example between the two of a pair, as in iBOT"""
     min_block: int | None = None
     """smallest number of patches of a block; None: the published 16 of 14 x 14 patches,
     as a share of the grid: 5 of 8 x 8, 1 of 4 x 4"""
@@ -44,7 +46,14 @@ class MaskRecipe:
             raise ValueError(
                 f'kind: got {self.kind!r}, expected "random", "block" or "drop"'
             )
-        check_number("ratio", self.ratio, 0, 1)
+        if not isinstance(self.ratio, tuple):
+            check_number("ratio", self.ratio, 0, 1)
+        elif self.kind == "block":
+            check_range("ratio", self.ratio, high=1.0)
+        else:
+            raise ValueError(
+                f"ratio: got {self.ratio}, expected one number for masks without blocks"
+            )
         if self.min_block is not None:
             if self.kind != "block":
                 raise ValueError(
@@ -56,7 +65,9 @@ class MaskRecipe:
     def __str__(self) -> str:
         """What the line of a recipe's table says."""
         how = {"random": "scattered", "block": "in blocks", "drop": "left out"}
-        return f"{self.ratio:.0%} of the patches, {how[self.kind]}"
+        ratio = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+        share = " to ".join(f"{end:.0%}" for end in ratio)
+        return f"{share} of the patches, {how[self.kind]}"
 
 
 def make_masks(
@@ -78,18 +89,21 @@ def make_masks(
     """
     rows, columns = check_size("grid", grid)
     patches = rows * columns
+    ratio = recipe.ratio
     if recipe.kind != "block":
-        return random_patch_mask(key, batch_size, patches, ratio=recipe.ratio)
+        assert not isinstance(ratio, tuple)
+        return random_patch_mask(key, batch_size, patches, ratio=ratio)
     min_block = recipe.min_block
     if min_block is None:
         min_block = max(1, round(patches * 16 / 14**2))
-    return block_mask(
-        key,
-        batch_size,
-        grid,
-        num_masked=round(recipe.ratio * patches),
-        min_block=min_block,
-    )
+    if isinstance(ratio, tuple):
+        keys = example_keys(key, batch_size)
+        key, for_ratio = jax.vmap(jax.random.split, out_axes=1)(keys)  # (N,) each
+        (uniform,) = uniforms(for_ratio, 1)
+        num_masked = patches * (ratio[0] + (ratio[1] - ratio[0]) * uniform)  # (N,)
+    else:
+        num_masked = round(ratio * patches)
+    return block_mask(key, batch_size, grid, num_masked=num_masked, min_block=min_block)
 
 
 def random_patch_mask(
@@ -161,7 +175,7 @@ def block_mask(
     batch_size: int,
     grid: int | tuple[int, int],
     *,
-    num_masked: int,
+    num_masked: int | jax.Array,
     min_block: int = 16,
     max_block: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
@@ -178,7 +192,8 @@ def block_mask(
         key: one key, folded with each row's index, or `batch_size` keys.
         batch_size: N.
         grid: rows and columns of patches.
-        num_masked: patches to mask in each example, 0 to rows * columns.
+        num_masked: patches to mask in each example, 0 to rows * columns; or (N,), for
+            each example its own, whole numbers or not.
         min_block: smallest number of patches of a block, >= 1, before its sides are
             rounded. Where less than this is left, it is the largest.
         max_block: largest number of patches of a block, and of new ones it masks; None:
@@ -193,21 +208,24 @@ def block_mask(
 
     References:
         Bao et al., 2022, BEiT (arXiv:2106.08254), algorithm 1, as in its code; Baevski
-        et al., 2022, data2vec (arXiv:2202.03555): 120 of 14 x 14 patches.
+        et al., 2022, data2vec (arXiv:2202.03555): 120 of 14 x 14 patches; Zhou et al.,
+        2022, iBOT (arXiv:2111.07832): 10 % to 50 % of them, drawn for each example.
     """
     _check_count("batch_size", batch_size, 1)
     rows, columns = check_size("grid", grid)
-    _check_count("num_masked", num_masked, 0, rows * columns)
+    if getattr(num_masked, "shape", None) != (batch_size,):
+        _check_count("num_masked", num_masked, 0, rows * columns)
     _check_count("min_block", min_block, 1)
-    if max_block is None:
-        max_block = max(num_masked, min_block)
-    _check_count("max_block", max_block, min_block)
+    if max_block is not None:
+        _check_count("max_block", max_block, min_block)
     low, high = (math.log(side) for side in check_range("aspect", aspect))
 
-    def mask_one(key: jax.Array) -> jax.Array:
+    def mask_one(key: jax.Array, num_masked: jax.Array) -> jax.Array:
         def attempt(carry, uniform):
             mask, in_vain = carry
-            left = jnp.minimum(num_masked - jnp.sum(mask), max_block)
+            left = num_masked - jnp.sum(mask, dtype=jnp.float32)
+            if max_block is not None:
+                left = jnp.minimum(left, max_block)
             area = min_block + (left - min_block) * uniform[0]
             root = jnp.exp(0.5 * (low + (high - low) * uniform[1]))
             height = jnp.round(jnp.sqrt(area) * root)
@@ -215,7 +233,7 @@ def block_mask(
             top = jnp.floor(uniform[2] * (rows - height + 1))
             first = jnp.floor(uniform[3] * (columns - width + 1))
             block = _span(top, height, rows)[:, None] & _span(first, width, columns)
-            new = jnp.sum(block & ~mask)
+            new = jnp.sum(block & ~mask, dtype=jnp.float32)
             fits = (height < rows) & (width < columns) & (0 < new) & (new <= left)
             taken = fits & (in_vain < TRIES_IN_VAIN)
             in_vain = jnp.where(taken, 0, in_vain + 1)
@@ -226,7 +244,119 @@ def block_mask(
         (mask, _), _ = lax.scan(attempt, start, uniforms)
         return mask.reshape(-1)
 
-    return jax.vmap(mask_one)(example_keys(key, batch_size))
+    numbers = jnp.broadcast_to(jnp.asarray(num_masked, jnp.float32), (batch_size,))
+    return jax.vmap(mask_one)(example_keys(key, batch_size), numbers)
+
+
+class MultiBlockMasks(NamedTuple):
+    """What of each image is hidden, and which blocks of that are to be predicted."""
+
+    hidden: jax.Array
+    """(N, T) bool, True = masked: all but the context"""
+    targets: jax.Array
+    """(N, B, T) bool, True = in the block; what is in a block is hidden"""
+
+
+def multi_block_masks(
+    key: jax.Array,
+    batch_size: int,
+    grid: int | tuple[int, int],
+    *,
+    num_targets: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    target_aspect: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+) -> MultiBlockMasks:
+    """I-JEPA's masks: from a large block without some smaller ones, predict those.
+
+    context = context block without the targets. The targets of an example are of one
+    size, each at a place of its own, and may overlap; sizes are those of `block_size`,
+    places are uniform. As in the official code, no block reaches the last row or the
+    last column.
+
+    The official code draws one size for all images of a batch, and cuts all contexts
+    to the length of the batch's shortest, by their last patches. Here each example
+    draws its own sizes and keeps its whole context, since its masks must follow from
+    its key, whatever its batch and the devices are. But for that cut, the masks of an
+    example are distributed alike. To compute a fixed number of patches of each context,
+    take the first of `jnp.argsort(hidden, stable=True)`.
+
+    Args:
+        key: one key, folded with each row's index, or `batch_size` keys.
+        batch_size: N.
+        grid: rows and columns of patches, each >= 2.
+        num_targets: B, the number of blocks that are predicted, >= 1.
+        target_scale: smallest and largest area of a target as a share of the grid, in
+            (0, 1].
+        target_aspect: smallest and largest height / width of a target.
+        context_scale: as of targets, of the square block of the context. Targets may
+            cover all of it, but for the published numbers of 14 x 14 or 16 x 16.
+
+    Returns:
+        `MultiBlockMasks`.
+
+    Raises:
+        ValueError: for wrong arguments.
+
+    References:
+        Assran et al., 2023, I-JEPA (arXiv:2301.08243).
+    """
+    _check_count("batch_size", batch_size, 1)
+    _check_count("num_targets", num_targets, 1)
+    rows, columns = check_size("grid", grid)
+    if min(rows, columns) < 2:
+        raise ValueError(f"grid: got {grid}, expected at least 2 rows and columns")
+    target_scale = check_range("target_scale", target_scale, high=1.0)
+    target_aspect = check_range("target_aspect", target_aspect)
+    context_scale = check_range("context_scale", context_scale, high=1.0)
+
+    def mask_one(uniform: jax.Array) -> MultiBlockMasks:
+        def block(size, place):
+            height, width = size
+            top = jnp.floor(place[0] * (rows - height))
+            first = jnp.floor(place[1] * (columns - width))
+            rows_of_block = _span(top, height, rows)[:, None]
+            return (rows_of_block & _span(first, width, columns)).reshape(-1)
+
+        sizes, places = uniform[:2], uniform[2:].reshape(-1, 2)
+        size = block_size(sizes[0], (rows, columns), target_scale, target_aspect)
+        targets = jax.vmap(lambda place: block(size, place))(places[1:])  # (B, T)
+        size = block_size(sizes[1], (rows, columns), context_scale, (1.0, 1.0))
+        context = block(size, places[0])  # (T,)
+        return MultiBlockMasks(~context | jnp.any(targets, axis=0), targets)
+
+    numbers = uniforms(example_keys(key, batch_size), 2 + 2 * (1 + num_targets))
+    return jax.vmap(mask_one, in_axes=1)(numbers)
+
+
+def block_size(
+    uniform: jax.Array,
+    grid: tuple[int, int],
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[jax.Array, jax.Array]:
+    """Height and width of I-JEPA's blocks: one draw sets both area and shape.
+
+    area = floor(rows columns scale(u)), height = round(sqrt(area aspect(u))),
+    width = round(sqrt(area / aspect(u))), scale and aspect linear in u; at least 1, and
+    less than the grid's.
+
+    Args:
+        uniform: u, in [0, 1), of any shape.
+        grid: rows and columns of patches, each >= 2.
+        scale: the area's share of the grid at u = 0 and u = 1.
+        aspect: height / width at u = 0 and u = 1.
+
+    Returns:
+        Two float32 arrays of whole numbers, of the shape of u.
+    """
+    rows, columns = grid
+    uniform = jnp.asarray(uniform, jnp.float32)
+    area = jnp.floor(rows * columns * (scale[0] + (scale[1] - scale[0]) * uniform))
+    ratio = aspect[0] + (aspect[1] - aspect[0]) * uniform
+    height = jnp.round(jnp.sqrt(area * ratio))
+    width = jnp.round(jnp.sqrt(area / ratio))
+    return jnp.clip(height, 1, rows - 1), jnp.clip(width, 1, columns - 1)
 
 
 def fill_masked(

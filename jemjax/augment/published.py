@@ -3,6 +3,11 @@
 The small forms have larger crops and no blur, as in the CIFAR recipes of da Costa et
 al., 2022, solo-learn (arXiv:2108.01775). The numbers are each method's own, the
 arithmetic is torchvision's.
+
+All views are made in the order of `View`. MoCo v2 and v3, SimSiam and LeJEPA mirror
+last, data2vec first: the views are distributed alike, since a crop is as likely as its
+mirror image, and what follows treats left and right alike. The one order that matters
+is data2vec's jitter before the crop, of which its recipe says more.
 """
 
 import dataclasses
@@ -113,8 +118,7 @@ def simclr_small(size: int = 32) -> ViewRecipe:
 def moco_imagenet(size: int = 224) -> ViewRecipe:
     """The views of photographs of MoCo v2 and SimSiam, two alike.
 
-    Chen et al., 2020, MoCo v2 (arXiv:2003.04297). Published with the flip last: it
-    commutes with everything after the crop.
+    Chen et al., 2020, MoCo v2 (arXiv:2003.04297).
 
     Args:
         size: height and width of a view in pixels.
@@ -217,7 +221,8 @@ def dino_imagenet(
 ) -> ViewRecipe:
     """DINO's views of photographs: BYOL's pair of large crops, and some small ones.
 
-    Caron et al., 2021, DINO (arXiv:2104.14294).
+    Caron et al., 2021, DINO (arXiv:2104.14294). iBOT has the same; it masks blocks of
+    the large ones: `MaskRecipe("block", (0.1, 0.5))` in half of the images.
 
     Args:
         size: height and width of the two global views in pixels.
@@ -259,6 +264,114 @@ def dino_small(size: int = 32, num_local: int = 0) -> ViewRecipe:
     return _with_local((first, second), local, num_local)
 
 
+def dinov2_imagenet(
+    size: int = 224, local_size: int | None = None, num_local: int = 8
+) -> ViewRecipe:
+    """DINOv2's views of photographs: DINO's, of which others are blurred.
+
+    Oquab et al., 2023, DINOv2 (arXiv:2304.07193). Its code blurs with one minus the
+    probability that it names: the published weights saw the first view always sharp and
+    the second blurred nine times in ten, and so does this recipe. What was meant is
+    `dino_imagenet(smallest_crop=0.32)`, but for the size of the kernel.
+
+    Args:
+        size: height and width of the two global views in pixels.
+        local_size: height and width of a local view in pixels; unless given, 96 for
+            224, and in proportion, in steps of 16, for other sizes.
+        num_local: number of local views, >= 0.
+    """
+    recipe = dino_imagenet(size, local_size, num_local, smallest_crop=0.32)
+    views = tuple(
+        dataclasses.replace(
+            view, blur_probability=1 - view.blur_probability, blur_kernel_size=9
+        )
+        for view in recipe.views
+    )
+    return dataclasses.replace(recipe, views=views)
+
+
+def mae_imagenet(size: int = 224) -> ViewRecipe:
+    """MAE's one view: crop and flip, and three quarters of the patches left out.
+
+    He et al., 2022, Masked autoencoders (arXiv:2111.06377). Of small images it is the
+    same.
+
+    Args:
+        size: height and width of the view in pixels.
+    """
+    view = View(
+        size=size,
+        crop_scale=(0.2, 1.0),
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+    )
+    return ViewRecipe((view,), MaskRecipe("drop", 0.75))
+
+
+def ijepa_imagenet(size: int = 224) -> ViewRecipe:
+    """I-JEPA's one view: a crop, and nothing else.
+
+    Assran et al., 2023, I-JEPA (arXiv:2301.08243). What is hidden of it, and what is
+    predicted, is drawn by `multi_block_masks`. Of small images it is the same.
+
+    Args:
+        size: height and width of the view in pixels.
+    """
+    view = View(
+        size=size,
+        crop_scale=(0.3, 1.0),
+        interpolation="bilinear",
+        flip_probability=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+    )
+    return ViewRecipe((view,))
+
+
+def lejepa_imagenet(
+    size: int = 224, local_size: int | None = None, num_local: int = 6
+) -> ViewRecipe:
+    """LeJEPA's views of photographs: large crops and small ones, all treated alike.
+
+    Balestriero, LeCun, 2025, LeJEPA (arXiv:2511.08544).
+
+    Args:
+        size: height and width of the two global views in pixels.
+        local_size: height and width of a local view in pixels; unless given, 98 for
+            224, and in proportion, in steps of 14, for other sizes.
+        num_local: number of local views, >= 0.
+    """
+    view = View(
+        size=size,
+        crop_scale=(0.3, 1.0),
+        interpolation="bilinear",
+        blur_probability=0.5,
+        blur_kernel_size=7,
+        solarize_probability=0.2,
+    )
+    local = dataclasses.replace(
+        view, size=local_size or _local_size(size, 98, 14), crop_scale=(0.05, 0.3)
+    )
+    return _with_local((view, view), local, num_local)
+
+
+def lejepa_small(size: int = 32, num_local: int = 0) -> ViewRecipe:
+    """LeJEPA's views of small images: no blur.
+
+    Args:
+        size: height and width of the two global views in pixels; local views have half
+            of it.
+        num_local: number of local views, >= 0; with any, crops as of photographs.
+    """
+    view = View(
+        size=size,
+        crop_scale=(0.3, 1.0) if num_local else (0.2, 1.0),
+        solarize_probability=0.2,
+    )
+    local = dataclasses.replace(view, size=size // 2, crop_scale=(0.05, 0.3))
+    return _with_local((view, view), local, num_local)
+
+
 def data2vec_imagenet(size: int = 224) -> ViewRecipe:
     """data2vec's one view of photographs, of which a part is then masked.
 
@@ -291,8 +404,8 @@ def data2vec_small(size: int = 32) -> ViewRecipe:
     return dataclasses.replace(recipe, views=(view,))
 
 
-def _local_size(size: int) -> int:
-    return max(1, size * 96 // 224 // 16) * 16
+def _local_size(size: int, published: int = 96, step: int = 16) -> int:
+    return max(1, size * published // 224 // step) * step
 
 
 def _with_local(

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jemjax.augment.blur import random_blur_planes
+from jemjax.augment.blur import kernel_radius, random_blur_planes
 from jemjax.augment.color import (
     Arithmetic,
     apply_jitter,
@@ -95,6 +95,8 @@ class View:
     """of Gaussian blur"""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """smallest and largest standard deviation in pixels"""
+    blur_kernel_size: int | None = None
+    """pixels under the kernel, odd; None: a tenth of the view's size"""
     solarize_probability: float = 0.0
     """of inverting bright values"""
     solarize_threshold: float = 0.5
@@ -127,6 +129,7 @@ class View:
                 " 'faithful', or that of torchvision, which is linear"
             )
         check_range("blur_sigma", self.blur_sigma)
+        kernel_radius("blur_kernel_size", self.blur_kernel_size, self.size)
         check_number("solarize_threshold", self.solarize_threshold, 0, 1)
         _check_channels("mean", self.mean, -math.inf)
         _check_channels("std", self.std, 0)
@@ -336,6 +339,7 @@ def _finish_view(
             planes,
             sigma=view.blur_sigma,
             probability=view.blur_probability,
+            kernel_size=view.blur_kernel_size,
             padding="reflect" if view.arithmetic == "torchvision" else "zero",
         )
     planes = jnp.clip(planes, 0, 1)
@@ -367,13 +371,16 @@ def _describe(view: View) -> tuple[str, ...]:
         jitter += f" as {view.arithmetic}"
     if view.color == "fused":
         jitter += " fused"
+    blur = f": sigma {_span(view.blur_sigma)}"
+    if view.blur_kernel_size is not None:
+        blur += f" of {view.blur_kernel_size} pixels"
     return (
         str(view.size),
         f"{crop}, {view.interpolation}",
         cell("flip"),
         cell("jitter", jitter),
         cell("grayscale"),
-        cell("blur", f": sigma {_span(view.blur_sigma)}"),
+        cell("blur", blur),
         cell("solarize", f": from {view.solarize_threshold:g}"),
     )
 

@@ -28,7 +28,7 @@ class ViewOptions:
 
     crop: bool = True
     """random resized crops (off: the whole image, resized)"""
-    flip: bool | None = None
+    flip: tyro.conf.DisallowNone[bool | None] = None
     """random mirror images; unless given: on, but for digits, whose mirror images are
     other signs"""
     jitter: bool = True
@@ -48,10 +48,12 @@ class ViewOptions:
     publishes it"""
     mask: Literal["none", "random", "block", "drop"] | None = None
     """hide patches from the online branch: scattered ones, or blocks; drop: scattered
-    ones are left out, of transformers; unless given, as the method publishes it"""
-    mask_ratio: float | None = None
-    """share of the patches that are hidden; unless given, the method's, or 0.6, and
-    0.75 where they are dropped"""
+    ones are left out, of transformers; none: hide nothing; unless given, as the method
+    publishes it"""
+    mask_ratio: float | tuple[float, float] | None = None
+    """share of the patches that are hidden; of blocks also two, between which each
+    image draws its own; unless given, the method's, or 0.6, and 0.75 where they are
+    dropped"""
 
     def apply(self, recipe: ViewRecipe) -> ViewRecipe:
         """The recipe with these options."""

@@ -245,9 +245,10 @@ class Branches:
         for number in self.online_views:
             side = self.network.backbone.grid(self.recipe.views[number].size)
             mask = make_masks(_fold_in(keys, number), len(keys), side, self.recipe.mask)
-            num_kept = None
+            num_kept, ratio = None, self.recipe.mask.ratio
             if self.recipe.mask.kind == "drop":
-                num_kept = num_kept_patches(side * side, self.recipe.mask.ratio)
+                assert not isinstance(ratio, tuple)
+                num_kept = num_kept_patches(side * side, ratio)
             masks[number] = mask, num_kept
         return masks
 

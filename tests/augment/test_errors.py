@@ -149,6 +149,8 @@ def test_arguments(argument, value):
         ("arithmetic", "pillow"),
         ("color", "fast"),
         ("blur_sigma", (0.0, 2.0)),
+        ("blur_kernel_size", 4),
+        ("blur_kernel_size", 17),
         ("solarize_threshold", 128.0),
         ("mean", (0.5, 0.5)),
         ("std", (0.5, 0.5, 0.0)),

@@ -1,9 +1,13 @@
 """From options to a configuration in which no choice is left open, and back."""
 
+import dataclasses
+
 import pytest
 import tyro
 from PIL import Image
 
+from jemjax.augment import MaskRecipe
+from jemjax.augment.recipes import PARTS
 from jemjax.data import Crop, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS
@@ -46,6 +50,39 @@ def test_swaps_on_the_command_line(arguments, field, value, digits):
     assert getattr(config.method, field) == value
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_part_of_the_views_can_be_switched_off(name, digits):
+    published = METHODS[name]().resolve(224, 64, 100).views(224)
+    for part, field in PARTS.items():
+        options = resolve(_parse(name, "--views.flip", f"--views.no-{part}"), digits)
+        views = options.views.apply(published).views
+        assert len(views) == len(published.views)
+        for view, whole in zip(views, published.views, strict=True):
+            if part == "crop":
+                assert view.crop_scale is None
+            else:
+                assert getattr(view, field) == 0
+                assert view.crop_ratio == whole.crop_ratio
+    masked = _parse(name, "--views.mask", "random").views.apply(published)
+    assert masked.mask is not None
+    off = _parse(name, "--views.mask", "none").views.apply(published)
+    assert off == dataclasses.replace(published, mask=None)
+
+
+def test_digits_are_not_mirrored_unless_asked_for(digits):
+    assert resolve(_parse("vicreg"), digits).views.flip is False
+    assert resolve(_parse("vicreg", "--views.flip"), digits).views.flip is True
+
+
+def test_a_ratio_for_each_image(digits, tmp_path):
+    options = ["--views.mask-ratio", "0.1", "0.5"]
+    config = resolve(_parse("data2vec", *options), digits)
+    recipe = config.views.apply(config.method.views(8))
+    assert recipe.mask == MaskRecipe("block", (0.1, 0.5))
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert from_toml(tmp_path / "config.toml", _parse("data2vec")) == config
+
+
 def test_fused_color_is_an_option_of_every_methods_views(digits):
     for name, method in METHODS.items():
         resolved = resolve(_parse(name, "--views.color", "fused"), digits)
@@ -61,6 +98,11 @@ REFUSED = [
     ("moco", ["--queue-length", "100"], "expected a multiple of the batch size, 128"),
     ("vicreg", ["--views.mask-ratio", "0.5"], "expected --views.mask too"),
     ("vicreg", ["--views.mask", "drop"], "transformers only"),
+    (
+        "vicreg",
+        ["--views.mask", "random", "--views.mask-ratio", "0.1", "0.5"],
+        "expected one number for masks without blocks",
+    ),
     ("vicreg", ["--patch-size", "4"], "sees pixels, not patches"),
     ("data2vec", ["--views.mask", "none"], "what is masked is predicted"),
     ("simsiam", ["--optimizer.schedule", "epochs"], "expected 0 with"),

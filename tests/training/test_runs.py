@@ -330,6 +330,9 @@ def test_every_public_option_is_listed():
     for name in f"{names} checkpoint-every multihost resume overwrite".split():
         assert f"--{name}" in done.stdout
     assert "--config" in done.stdout
+    for part in "crop flip jitter grayscale blur solarize".split():
+        assert f"--views.no-{part}" in done.stdout
+    assert "--views.mask {None,none," in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["pretrian"], ["pretrain", "vicregg"]])

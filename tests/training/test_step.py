@@ -18,6 +18,7 @@ from training.setups import (
     tiny_method,
 )
 
+from jemjax import wire
 from jemjax.augment import (
     MaskRecipe,
     byol_small,
@@ -313,6 +314,18 @@ def test_the_compiled_step_holds_the_collectives_of_the_loss():
     assert reduced and not [line for line in reduced if "f32[48,48]" in line]
     text = lowered.as_text()
     assert "all_to_all" in text and "all_reduce" in text
+
+
+def test_cropping_large_images_sends_nothing():
+    """The step's collectives are those of images that are read whole."""
+    setup = setup_of("vicreg", 8)
+    shape = setup.images(0)
+    large = jax.ShapeDtypeStruct(
+        (BATCH, 80, 72, 3), shape.dtype, sharding=shape.sharding
+    )
+    step = setup.step.lower(setup.state_shapes(), large)
+    found = wire.collectives(step.compile(compiler_options=quick_compilation()))
+    assert found and found == wire.collectives(setup.compiled)
 
 
 @METHODS
