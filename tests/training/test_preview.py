@@ -18,6 +18,7 @@ from jemjax.methods import METHODS
 from jemjax.runtime import quick_compilation
 from jemjax.training.config import ViewOptions, resolve
 from jemjax.training.loop import build
+from jemjax.training.mesh import make_mesh
 from jemjax.training.picture import BACKGROUND, GRAY, Row, draw, enlarge, fit_in, hide
 from jemjax.training.preview import PreviewConfig, preview, see
 from jemjax.training.step import Branches
@@ -56,16 +57,18 @@ def _seen_by_the_step(run, source, steps, monkeypatch):
         return embed(self, params, target_params, statistics, views, masks, drop_keys)
 
     monkeypatch.setattr(Branches, "embed", spy)
-    built = build(run, source)  # over all of the tests' devices
-    step = built.step.lower(*built.shapes()).compile(
-        compiler_options=quick_compilation()
-    )
+    built = build(run, source, make_mesh(2))
+
+    def views_only(state, images):  # all else of the step is not compiled
+        return built.step(state, images)[0].step
+
+    step = jax.jit(views_only, compiler_options=quick_compilation())
     stream = batches(
         source, batch_size=run.batch_size, seed=run.seed, crops=built.crops
     )
     state = built.init()
     for batch in itertools.islice(stream, steps):
-        state, _ = step(state, built.images(batch))
+        state = state.replace(step=step(state, built.images(batch)))
     stream.close()
     jax.effects_barrier()
     return [jax.device_get(seen_now) for seen_now in seen]
@@ -80,7 +83,7 @@ def _seen_by_the_step(run, source, steps, monkeypatch):
             {
                 "data": None,
                 "image_size": 16,
-                "local_views": 2,
+                "local_views": 1,
                 "views": ViewOptions(mask="random"),
             },
         ),
@@ -263,6 +266,7 @@ def test_what_makes_no_sense_is_refused(
     arguments, reason, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jemjax.runtime.prepare_process", lambda: None)
     with pytest.raises(SystemExit) as left:
         main(["preview", *arguments])
     assert left.value.code in (2, 3)
