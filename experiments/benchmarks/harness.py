@@ -121,6 +121,7 @@ class Worker:
                 start_new_session=True,
             )
         except OSError as error:
+            self._said.close()
             raise Failed(
                 f"no interpreter {interpreter} ({error.strerror}); make the peers'"
                 " environment as README.md says, and name it by --peers"
@@ -145,9 +146,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._said.seek(0)
-            last = (self._said.read().strip().splitlines() or ["nothing was printed"])[
-                -1
-            ]
+            *_, last = ["no message", *self._said.read().strip().splitlines()]
             raise Failed(f"ended with code {self._process.wait()}: {last}")
         answer = json.loads(line)
         if "missing" in answer:

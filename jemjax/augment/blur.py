@@ -1,4 +1,4 @@
-"""Gaussian blur, as a product with a banded matrix on each side."""
+"""Gaussian blur, as a sum of shifted images in each direction."""
 
 import functools
 from typing import Literal
@@ -13,6 +13,7 @@ from jemjax.augment.inputs import (
     example_keys,
     happens,
     is_whole,
+    materialize,
     per_example,
     to_images,
     to_planes,
@@ -20,9 +21,6 @@ from jemjax.augment.inputs import (
 )
 
 Padding = Literal["reflect", "zero"]
-
-# So many pixels of an axis are blurred by one product, with the pixels that they need.
-TILE = 32
 
 
 def gaussian_blur(
@@ -112,6 +110,7 @@ def random_blur_planes(
     sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
     smaller_side = min(planes.shape[1], planes.shape[3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
+    planes = materialize(planes)
     blurred = _blur(planes, sigmas, radius, padding)
     return jnp.where(happens(chance, probability), blurred, planes)
 
@@ -138,52 +137,19 @@ def _blur(
     planes: jax.Array, sigma: jax.Array, radius: int, padding: Padding
 ) -> jax.Array:
     """Blurs rows and columns: planes (N, H, C, W), sigma (N or 1, 1, 1)."""
-    sigma = jnp.broadcast_to(sigma, (len(planes), 1, 1))
-    _, height, _, width = planes.shape
-    rows = _bands(sigma, radius, height, padding)
-    columns = rows if width == height else _bands(sigma, radius, width, padding)
-    # At full precision, or the pixels would be those of another image on a TPU.
-    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    planes = jnp.concatenate(
-        [einsum("nyh,nhcw->nycw", weights, planes[:, part]) for part, weights in rows],
-        axis=1,
-    )
-    return jnp.concatenate(
-        [einsum("nycw,nxw->nycx", planes[..., part], w) for part, w in columns], axis=3
-    )
-
-
-def _bands(
-    sigma: jax.Array, radius: int, size: int, padding: Padding
-) -> list[tuple[slice, jax.Array]]:
-    """The band of the matrix that blurs an axis, in pieces, each of `TILE` rows.
-
-    Returns:
-        For each piece the pixels within the radius, and their weights (N, rows, those).
-    """
-
-    def kernel(distance):
-        weights = jnp.exp(-0.5 * jnp.square(distance / sigma))
-        return jnp.where(jnp.abs(distance) <= radius, weights, 0.0)
-
-    total = jnp.sum(kernel(_numbers(-radius, radius + 1)), axis=-1, keepdims=True)
-    last = size - 1
-    bands = []
-    for start in range(0, size, TILE):
-        stop = min(start + TILE, size)
-        first, end = max(0, start - radius), min(size, stop + radius)
-        target, source = _numbers(start, stop)[:, None], _numbers(first, end)
-        weights = kernel(source - target)
-        # Pixel s is also at -s and at 2 (size - 1) - s, its mirror images, which are no
-        # nearer than s itself.
-        if padding == "reflect" and first == 0:
-            weights += jnp.where(source > 0, kernel(source + target), 0.0)
-        if padding == "reflect" and end == size:
-            mirrored = kernel(2 * last - source - target)
-            weights += jnp.where(source < last, mirrored, 0.0)
-        bands.append((slice(first, end), weights / total))
-    return bands
-
-
-def _numbers(start: int, stop: int) -> jax.Array:
-    return jnp.arange(start, stop, dtype=jnp.float32)
+    distances = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
+    weights = jnp.exp(-0.5 * jnp.square(distances / sigma))  # (N or 1, 1, taps)
+    weights /= jnp.sum(weights, axis=-1, keepdims=True)
+    for axis in (1, 3):
+        widths = [(0, 0)] * 4
+        widths[axis] = (radius, radius)
+        mode = "reflect" if padding == "reflect" else "constant"
+        padded = materialize(jnp.pad(planes, widths, mode=mode))
+        size = planes.shape[axis]
+        shifted = [
+            weights[:, :, tap, None, None]
+            * lax.slice_in_dim(padded, tap, tap + size, axis=axis)
+            for tap in range(2 * radius + 1)
+        ]
+        planes = functools.reduce(jnp.add, shifted)
+    return planes
