@@ -1,6 +1,5 @@
 """Gaussian blur, as a sum of shifted images in each direction."""
 
-import functools
 from typing import Literal
 
 import jax
@@ -137,19 +136,29 @@ def _blur(
     planes: jax.Array, sigma: jax.Array, radius: int, padding: Padding
 ) -> jax.Array:
     """Blurs rows and columns: planes (N, H, C, W), sigma (N or 1, 1, 1)."""
-    distances = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
-    weights = jnp.exp(-0.5 * jnp.square(distances / sigma))  # (N or 1, 1, taps)
-    weights /= jnp.sum(weights, axis=-1, keepdims=True)
+    distances = jnp.arange(radius + 1, dtype=jnp.float32)
+    weights = jnp.exp(-0.5 * jnp.square(distances / sigma))  # (N or 1, 1, radius + 1)
+    weights /= 2 * jnp.sum(weights, axis=-1, keepdims=True) - 1  # the center's is 1
     for axis in (1, 3):
-        widths = [(0, 0)] * 4
-        widths[axis] = (radius, radius)
-        mode = "reflect" if padding == "reflect" else "constant"
-        padded = materialize(jnp.pad(planes, widths, mode=mode))
-        size = planes.shape[axis]
-        shifted = [
-            weights[:, :, tap, None, None]
-            * lax.slice_in_dim(padded, tap, tap + size, axis=axis)
-            for tap in range(2 * radius + 1)
-        ]
-        planes = functools.reduce(jnp.add, shifted)
+        planes = _blur_axis(planes, weights[..., None, None], radius, padding, axis)
     return planes
+
+
+def _blur_axis(
+    planes: jax.Array, weights: jax.Array, radius: int, padding: Padding, axis: int
+) -> jax.Array:
+    """The sum of the images that are shifted along an axis: weights by distance."""
+    size = planes.shape[axis]
+    widths = [(0, 0)] * 4
+    widths[axis] = (radius, radius)
+    mode = "reflect" if padding == "reflect" else "constant"
+    padded = materialize(jnp.pad(planes, widths, mode=mode))
+
+    def shifted(by):
+        return lax.slice_in_dim(padded, radius + by, radius + by + size, axis=axis)
+
+    blurred = weights[:, :, 0] * shifted(0)
+    for distance in range(1, radius + 1):
+        both = shifted(distance) + shifted(-distance)
+        blurred += weights[:, :, distance] * both
+    return blurred
