@@ -4,7 +4,8 @@ python experiments/reliability/manifest_cost.py --megabytes 20 350
 
 States of random numbers, which do not compress, are saved one after the other. The
 whole is from the call to the moment when the checkpoint has its name; the manifest is
-the part after orbax's commit. All of it is beside the training, but for the call.
+the part after orbax's commit, by which it makes a save longer: a thread has hashed most
+files by then. All of it is beside the training, but for the call.
 """
 
 import argparse

@@ -22,6 +22,8 @@ from jemjax.training import stored
 from jemjax.training.hosts import gather, is_first, together
 from jemjax.training.state import TrainState
 
+# Bytes of a data file, about: some are hashed while others are being written.
+FILE_SIZE = 32 * 2**20
 # Checkpoints that a run keeps.
 KEPT = 2
 # Saves in a row that may fail before the run stops.
@@ -139,12 +141,19 @@ class Checkpoints:
 
     def _start(self, step: int, state: TrainState) -> None:
         leaves = describe(state)
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_SIZE)
+        )
 
         def commit() -> None:
-            self._checkpointer.wait_until_finished()
-            if self._changes:
-                stored.finish(self._folder, step, self._about, leaves)
+            digests = stored.Digests(self._folder, step) if self._changes else None
+            try:
+                self._checkpointer.wait_until_finished()
+            finally:
+                if digests:
+                    digests.stop()
+            if digests:
+                stored.finish(self._folder, step, self._about, leaves, digests)
                 self._remove_old(keep=KEPT)
 
         try:
@@ -232,7 +241,14 @@ class Checkpoints:
         try:
             restored = self._checkpointer.restore(
                 self._folder / chosen,
-                ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+                ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        abstract,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(
+                            abstract
+                        ),
+                    )
+                ),
             )
         except Exception as error:  # orbax has many
             raise CheckpointError(

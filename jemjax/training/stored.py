@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ DAMAGED = ".damaged"
 # What is being written, by us and by orbax, or deleted.
 UNFINISHED = ".unfinished"
 TEMPORARY = ".orbax-checkpoint-tmp"
+# Bytes of a file that is hashed before all of them are written.
+LARGE = 2**20
 # Files that are read at a time: hashing does not hold Python's lock.
 READERS = 4
 
@@ -52,8 +55,52 @@ def unfinished(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"{step}{UNFINISHED}"
 
 
+class Digests:
+    """SHA-256 of the files of a checkpoint, begun while others are being written."""
+
+    def __init__(self, checkpoints: Path, step: int):
+        self._checkpoints, self._step = checkpoints, step
+        self._known: dict[tuple[int, ...], str] = {}
+        self._written = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._written.wait(0.05):
+            for folder in self._checkpoints.glob(f"{self._step}{UNFINISHED}*"):
+                for name in list(_files(folder)):
+                    with contextlib.suppress(OSError):  # it may be moved meanwhile
+                        # Small ones may be written again; data files are not.
+                        if (folder / name).stat().st_size >= LARGE:
+                            self.of(folder / name)
+
+    def stop(self) -> None:
+        """Ends the watching; to be called in any case."""
+        self._written.set()
+        self._thread.join()
+
+    def of(self, path: Path) -> str:
+        """The digest of a file, from before if nobody has written to it since."""
+        before = _identity(path)
+        if before not in self._known:
+            digest = _sha256(path)
+            if _identity(path) != before:
+                return digest
+            self._known[before] = digest
+        return self._known[before]
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def finish(
-    checkpoints: Path, step: int, about: Mapping[str, Any], leaves: Mapping[str, str]
+    checkpoints: Path,
+    step: int,
+    about: Mapping[str, Any],
+    leaves: Mapping[str, str],
+    digests: Digests,
 ) -> None:
     """Writes the manifest of a checkpoint that orbax has committed, and names it.
 
@@ -62,6 +109,7 @@ def finish(
         step: of the checkpoint.
         about: of the run, to be compared when it is resumed; JSON.
         leaves: dtype and shape of each array.
+        digests: of its files, as far as they are known.
 
     Raises:
         OSError: if a file cannot be read, or the manifest cannot be written.
@@ -69,7 +117,7 @@ def finish(
     folder = unfinished(checkpoints, step)
     names = sorted(_files(folder))
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        digests = list(pool.map(lambda name: _sha256(folder / name), names))
+        sums = list(pool.map(lambda name: digests.of(folder / name), names))
     manifest = Manifest(
         step,
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -77,7 +125,7 @@ def finish(
         dict(leaves),
         {
             name: [(folder / name).stat().st_size, digest]
-            for name, digest in zip(names, digests, strict=True)
+            for name, digest in zip(names, sums, strict=True)
         },
     )
     with (folder / MANIFEST).open("w") as file:

@@ -78,6 +78,25 @@ def test_the_state_that_is_restored_is_the_one_that_was_saved(saved):
     assert said == ""
 
 
+def test_a_state_is_restored_onto_other_devices(tmp_path):
+    def placed(state, count):
+        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        shardings = jax.tree.map(
+            lambda x: jax.NamedSharding(
+                mesh, jax.P("data") if x.shape == (1000,) else jax.P()
+            ),
+            state,
+        )
+        return jax.device_put(state, shardings)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, placed(_state(1), 8))
+    for count in (1, 4):
+        restored, _ = _restore(tmp_path, placed(_state(0), count))
+        assert fingerprint(restored) == fingerprint(_state(1))
+        assert len(restored.params["kernel"].sharding.device_set) == count
+
+
 def test_the_two_newest_are_kept(tmp_path):
     _save(tmp_path, 1, 2, 3, 4)
     assert stored.saved_steps(tmp_path / "checkpoints") == [3, 4]

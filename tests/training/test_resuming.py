@@ -44,7 +44,9 @@ def folder(tmp_path, digits, about):
     config = resolve(PretrainConfig(method=VICReg(), steps=50), digits)
     (tmp_path / "config.toml").write_text(to_toml(config))
     stored.unfinished(tmp_path / "checkpoints", 20).mkdir(parents=True)
-    stored.finish(tmp_path / "checkpoints", 20, about, {})
+    digests = stored.Digests(tmp_path / "checkpoints", 20)
+    digests.stop()
+    stored.finish(tmp_path / "checkpoints", 20, about, {}, digests)
     return tmp_path
 
 
