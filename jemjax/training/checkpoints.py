@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import difflib
+import errno
 import hashlib
 import logging
 import shutil
@@ -136,9 +137,6 @@ class Checkpoints:
         self._say(f"WARNING: {error}")
 
     def _start(self, step: int, state: TrainState) -> None:
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if self._changes and self._free() < size:
-            self._remove_old(keep=1)
         leaves = describe(state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
 
@@ -149,6 +147,7 @@ class Checkpoints:
                 self._remove_old(keep=KEPT)
 
         try:
+            self._make_room()
             self._checkpointer.save(stored.unfinished(self._folder, step), arguments)
         except Exception as error:  # orbax has many
             self._saving = step, concurrent.futures.Future()
@@ -177,6 +176,19 @@ class Checkpoints:
         )
         failed.__cause__ = error
         return failed
+
+    def _make_room(self) -> None:
+        """Deletes all but the newest where another would not fit, if that helps."""
+        sizes = [
+            stored.folder_size(self._folder / str(step))
+            for step in stored.saved_steps(self._folder)
+        ]
+        needed = sizes[-1] + sizes[-1] // 20 if sizes else 0
+        if not self._changes or self._free() >= needed:
+            return
+        self._remove_old(keep=1)
+        if self._free() < needed and jax.process_count() == 1:
+            raise OSError(errno.ENOSPC, f"{_megabytes(needed)} do not fit")
 
     def _free(self) -> int:
         return shutil.disk_usage(self._folder).free

@@ -265,7 +265,11 @@ def _pretrain(
             run, source, test, state, embedder, checkpoints, display, folder
         )
         final = checkpoints.restore(untrained)
-        assert final is not None and int(final.step) == config.steps
+        if final is None or int(final.step) != config.steps:
+            raise CheckpointError(
+                f"{folder}: the final checkpoint is not as it was written; mend the"
+                " disk, and continue with --resume"
+            )
 
     end_on_sigterm()  # all is saved
     examples = choose_examples(source, test, config.final_examples)
