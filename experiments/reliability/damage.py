@@ -7,6 +7,9 @@ is resumed does it, and by orbax alone, without the manifest. At the end one dam
 is resumed for real, and has to end in the bytes of the run that nobody damaged.
 """
 
+import contextlib
+import gc
+import io
 import os
 import shutil
 import tempfile
@@ -53,14 +56,21 @@ def by_orbax_alone(folder: Path, like) -> str:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
+    complaints = io.StringIO()  # thousands of lines, in threads too
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with (
+            contextlib.redirect_stderr(complaints),
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        ):
             restored = checkpointer.restore(
                 folder / "checkpoints" / NEWEST,
                 ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
             )
         return fingerprint(restored["state"])
     except Exception as error:  # of many kinds
+        with contextlib.redirect_stderr(complaints):
+            error.__traceback__ = None
+            gc.collect()
         return type(error).__name__
 
 

@@ -1,6 +1,7 @@
 """Saved states, by orbax: written aside while training goes on, committed at once."""
 
 import concurrent.futures
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -191,7 +192,9 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"{_megabytes(needed)} do not fit")
 
     def _free(self) -> int:
-        return shutil.disk_usage(self._folder).free
+        with contextlib.suppress(OSError):  # it may be gone
+            return shutil.disk_usage(self._folder).free
+        return 0
 
     def _remove_old(self, keep: int) -> None:
         for step in stored.saved_steps(self._folder)[:-keep]:
@@ -263,10 +266,12 @@ class Checkpoints:
             else:
                 _require_same_leaves(self._folder / str(step), manifest.leaves, like)
                 return step
-        if problem is not None:
+        aside = stored.set_aside_before(self._folder)
+        if problem or aside:
             raise CheckpointError(
-                f"no checkpoint in {self._folder} is whole (the last: {problem}): start"
-                " the run again with --overwrite"
+                f"no checkpoint in {self._folder} is whole"
+                f" ({problem or ', '.join(aside)}): start the run again with"
+                " --overwrite"
             )
         return None
 

@@ -185,6 +185,11 @@ def set_aside(checkpoints: Path, step: int) -> Path:
     return place
 
 
+def set_aside_before(checkpoints: Path) -> list[str]:
+    """The names of the checkpoints that were set aside."""
+    return [path.name for path in _entries(checkpoints) if DAMAGED in path.name]
+
+
 def remove_unfinished(checkpoints: Path) -> tuple[int, int]:
     """Deletes what interrupted saves and deletions have left, under the run's lock.
 

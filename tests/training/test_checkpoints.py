@@ -141,8 +141,9 @@ def test_without_fallback_a_damaged_checkpoint_stops_with_exit_code_5(run):
 def test_where_all_are_damaged_nothing_starts_anew_silently(run):
     for step in ("10", "20"):
         shutil.rmtree(run / "checkpoints" / step / "state")
-    with pytest.raises(CheckpointError, match="no checkpoint .* is whole.*--overwrite"):
-        _restore(run)
+    for _ in range(2):  # the second time they are set aside already
+        with pytest.raises(CheckpointError, match="is whole .*: start .*--overwrite"):
+            _restore(run)
 
 
 def test_links_out_of_a_checkpoint_are_refused(run, tmp_path):
@@ -317,6 +318,16 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_reports_none_that_failed(tmp_
             assert "Traceback" not in text and len(text) < 800
         assert os.listdir(run / "checkpoints") == ["1"], "what failed is cleared away"
         stored.verify(run / "checkpoints" / "1")
+
+
+def test_what_cannot_fit_is_not_begun(tmp_path):
+    with _small_disk(tmp_path / "disk", "1400k") as run:
+        said = []
+        with Checkpoints(run, say=said.append) as checkpoints:
+            checkpoints.save(1, _state(1, size=200_000))
+            checkpoints.save(2, _state(2, size=200_000))
+        assert len(said) == 1 and "do not fit" in said[0] and "free" in said[0]
+        assert os.listdir(run / "checkpoints") == ["1"]
 
 
 def test_room_is_made_where_the_disk_would_be_full(tmp_path):
