@@ -270,7 +270,7 @@ def find_checkpoints(folder: Path) -> Path:
     Raises:
         UserError: if there is none.
     """
-    for place in (folder / "checkpoints", folder):
+    for place in (folder / "checkpoints", folder.absolute()):
         if place.name == "checkpoints" and place.is_dir():
             return place
     raise UserError(f"{folder}: holds no checkpoints; expected the folder of a run")
