@@ -28,27 +28,41 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: if somebody else holds the lock, naming the owner.
     """
     path = folder / LOCK_NAME
+    descriptor = _open(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    try:
-        if not _take(descriptor):
-            raise UserError(
-                f"{folder}: {_owner(path)} is writing there; wait until it has ended,"
-                " or choose another --output"
-            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
         try:
             yield
         finally:
-            # Emptied, not deleted: who waits for the file would hold a deleted one.
             with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, 0)
+                path.unlink()
     finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """The lock's file, locked."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: cannot be written ({error.strerror}); choose another"
+                " folder"
+            ) from error
+        taken = _take(descriptor)
+        # Its owner may have deleted it since it was opened: then it locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                if taken:
+                    return descriptor
+                owner = _owner(path)
+                os.close(descriptor)
+                raise UserError(
+                    f"{path.parent}: {owner} is writing there; wait until it has ended,"
+                    " or choose another --output"
+                )
         os.close(descriptor)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: what damage, full disks and other runs can do to them, and cannot."""
 
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -380,8 +381,25 @@ def test_the_lock_of_a_run_that_was_killed_is_taken_over(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"):
         with locked(tmp_path):
             raise AssertionError("two at once")
+    assert os.listdir(tmp_path) == []
     with locked(tmp_path):
         pass
+
+
+def test_of_many_at_once_one_gets_the_lock(tmp_path):
+    def take(_):
+        try:
+            with locked(tmp_path):
+                time.sleep(0.05)
+                inside.append(len(os.listdir(tmp_path)))
+        except UserError:
+            refused.append(1)
+
+    inside, refused = [], []
+    for _ in range(5):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(take, range(8)))
+    assert inside == [1] * len(inside) and len(inside) >= 5 and refused
 
 
 # ---------------------------------------------------------------- jemjax checkpoint
