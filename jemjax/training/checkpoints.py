@@ -37,6 +37,10 @@ class Checkpoints:
         """The step of the newest complete checkpoint, if there is one."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: TrainState) -> None:
         """Copies the state, and writes it in the background."""
         self._manager.save(

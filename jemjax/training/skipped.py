@@ -1,0 +1,127 @@
+"""Steps that the guard in the step skipped: told, kept for `replay`, and limited."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jemjax.errors import DivergenceError
+from jemjax.training.checkpoints import Checkpoints
+from jemjax.training.config import PretrainConfig
+from jemjax.training.hosts import is_first, together
+from jemjax.training.metrics import write_json
+from jemjax.training.state import TrainState, all_finite
+
+# In a run's folder: a state from which the bad step is reached, and its number.
+FOLDER = "skipped"
+_FILE = "step.json"
+
+
+class SkippedSteps:
+    """What the loop does about steps that were skipped.
+
+    It learns of them where it waits for the devices anyway: at logged steps, and before
+    a state is saved. By then the state has gone on from a step that was skipped alone.
+    It can be computed again from the last checkpoint, exactly, so that is kept; a state
+    that nothing has changed since is kept itself.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        say: Callable[[str], None],
+    ):
+        """`state` is that before the first step."""
+        self._config, self._folder = config, folder
+        self._checkpoints, self._say = checkpoints, say
+        self._known = int(state.skipped.steps)
+
+    def heed(self, step: int, state: TrainState) -> int:
+        """The number of steps skipped so far.
+
+        Args:
+            step: that was just taken.
+            state: after it.
+
+        Raises:
+            DivergenceError: if as many in a row were as the configuration allows.
+        """
+        count, in_a_row, latest = (int(number) for number in state.skipped)
+        diverged = in_a_row >= self._config.max_skipped
+        if count > self._known:
+            number = step - in_a_row + 1 if in_a_row else latest
+            self._known = count
+            self._say(
+                f"step {number}: loss or gradient was not finite, so it changed"
+                f" nothing; {count} skipped so far; `jemjax replay {self._folder}`"
+                " names the first such number"
+            )
+            self._keep(number, state if in_a_row else None, diverged)
+        if diverged:
+            last = self._checkpoints.latest_step()
+            with together():
+                raise DivergenceError(
+                    f"steps {step - in_a_row + 1} to {step}: loss or gradient was not"
+                    f" finite; --max-skipped allows {self._config.max_skipped} in a"
+                    " row. "
+                    + (f"Step {last} is saved. " if last is not None else "")
+                    + f"`jemjax replay {self._folder}` names the first such number. A"
+                    " lower --optimizer.learning-rate, or a smaller"
+                    " --optimizer.clip-norm, may help"
+                )
+        return count
+
+    def require_finite(self, step: int, state: TrainState) -> None:
+        """Refuses to save numbers that are not finite.
+
+        Raises:
+            DivergenceError: if there are any.
+        """
+        if not bool(_all_finite(state)):
+            with together():
+                raise DivergenceError(
+                    f"step {step}: the state is not finite, and is not saved; the"
+                    " checkpoints before it are. Lower --optimizer.learning-rate"
+                )
+
+    def _keep(self, number: int, state: TrainState | None, again: bool) -> None:
+        """A state from which step `number` is reached; the first one stays, or `again`.
+
+        Args:
+            number: of the step.
+            state: if nothing has changed it since that step.
+            again: whether it takes the place of one that is kept.
+        """
+        place = self._folder / FOLDER
+        if (place / _FILE).exists() and not again:
+            return
+        if state is not None:
+            kept = Checkpoints(place)
+            if kept.latest_step() != number - 1:
+                # As it was before the step.
+                back = state.step - (state.step - number + 1)
+                zeros = jax.tree.map(lambda x: x - x, state.skipped)
+                kept.save(number - 1, state.replace(step=back, skipped=zeros))
+            kept.close()
+        elif is_first():
+            last = self._checkpoints.latest_step()
+            if last is not None:
+                where = Path("checkpoints") / str(last)
+                shutil.copytree(self._folder / where, place / where, dirs_exist_ok=True)
+        if is_first():
+            place.mkdir(exist_ok=True)
+            write_json(place / _FILE, {"step": number})
+
+
+_all_finite = jax.jit(all_finite)
+
+
+def skipped_step(folder: Path) -> int | None:
+    """The number of the step of a run that is kept for `replay`, if one is."""
+    path = folder / FOLDER / _FILE
+    return json.loads(path.read_text())["step"] if path.exists() else None
