@@ -16,15 +16,30 @@ from training.setups import BATCH, SIZE, Setup, setup_of, tiny_method
 from jemjax.data import open_data
 from jemjax.errors import DivergenceError, UserError
 from jemjax.methods import VICReg
+from jemjax.runtime import quick_compilation
+from jemjax.training import loop
 from jemjax.training import step as step_module
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import OptimizerOptions, PretrainConfig, resolve
 from jemjax.training.features import Embedder
 from jemjax.training.loop import build, explaining_memory, pretrain
-from jemjax.training.mesh import to_devices
+from jemjax.training.mesh import make_mesh, to_devices
 from jemjax.training.metrics import Display, read_metrics
 from jemjax.training.replay import find, replay
 from jemjax.training.state import Skipped, all_finite
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Runs use one of the eight devices, and XLA optimizes little."""
+
+    def make_train_step(*arguments, **keywords):
+        step = step_module.make_train_step(*arguments, **keywords)
+        options = quick_compilation()
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+    monkeypatch.setattr(loop, "make_mesh", lambda fsdp: make_mesh(1, fsdp=fsdp))
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+
 
 # Of white images the poisoned views are not numbers.
 WHITE = 255
@@ -207,7 +222,7 @@ def _built(tmp_path, **options):
     return run, run.init(), run.images({"image": images})
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_layer_that_overflows_is_named(accumulate, tmp_path):
     run, state, images = _built(tmp_path, accumulate=accumulate)
     assert find(run, state, images) == []
