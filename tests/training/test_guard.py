@@ -28,6 +28,7 @@ from jemjax.training.metrics import Display, read_metrics
 from jemjax.training.replay import find, replay
 from jemjax.training.state import Skipped, all_finite
 
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs use one of the eight devices, and XLA optimizes little."""
