@@ -6,6 +6,7 @@ answers without jax.
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from jemjax.errors import UserError
+from jemjax.errors import CheckpointError, UserError
 
 # In the order of the lecture, as `methods.METHODS`, which would bring jax.
 METHOD_NAMES = (
@@ -42,6 +43,16 @@ def reporting_errors() -> Iterator[None]:
             leave.daemon = True
             leave.start()
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(
+            f"jemjax: {error.filename or 'the output'}: cannot be written"
+            f" ({error.strerror}); free space or mend the disk, and start again,"
+            " a run with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(5)
     except KeyboardInterrupt:
         print("\njemjax: interrupted; --resume continues a run", file=sys.stderr)
         sys.exit(130)
@@ -245,6 +256,66 @@ def _data(arguments: list[str]) -> None:
     _parse(prepare, "data prepare", arguments[1:])
 
 
+def _checkpoint(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jemjax checkpoint COMMAND RUN\n")
+        print("  list      steps, sizes, dates, and whether files have their sizes")
+        print("  verify    read every file; exit code 5 if one is damaged")
+        print("  prune     delete all but the newest whole ones (--keep N)")
+        return
+    name, arguments = arguments[0], arguments[1:]
+    _choose("checkpoint command", name, ("list", "verify", "prune"))
+    from pathlib import Path
+
+    from jemjax.training import stored
+    from jemjax.training.lock import locked
+
+    def show(run: str, contents: bool) -> list[stored.Row]:
+        rows = stored.list_checkpoints(
+            stored.find_checkpoints(Path(run)), contents=contents
+        )
+        for row in rows:
+            size = f"{row.size / 1e6:,.1f} MB"
+            print(f"{row.name:<12}  {size:>12}  {row.saved:<25}  {row.state}")
+        if not rows:
+            print(f"{run}: no checkpoint yet")
+        return rows
+
+    def list_(run: str, /) -> None:
+        """Lists the checkpoints of a run, and what is left of damaged ones.
+
+        Args:
+            run: the folder of the run.
+        """
+        show(run, contents=False)
+
+    def verify(run: str, /) -> None:
+        """Compares every file of every checkpoint with its manifest.
+
+        Args:
+            run: the folder of the run.
+        """
+        rows = show(run, contents=True)
+        bad = [row.name for row in rows if row.broken]
+        if bad:
+            raise CheckpointError(f"{run}: not whole: {', '.join(bad)}")
+
+    def prune(run: str, /, keep: int = 2) -> None:
+        """Deletes all but the newest whole checkpoints, and what is left of others.
+
+        Args:
+            run: the folder of the run, to which nothing is writing.
+            keep: how many checkpoints stay.
+        """
+        checkpoints = stored.find_checkpoints(Path(run))
+        with locked(checkpoints.resolve().parent):
+            gone, size = stored.prune(checkpoints, keep)
+        print(f"deleted {', '.join(gone) or 'nothing'}: {size / 1e6:,.1f} MB")
+
+    functions = {"list": list_, "verify": verify, "prune": prune}
+    _parse(functions[name], f"checkpoint {name}", arguments)
+
+
 def _doctor(arguments: list[str]) -> None:
     def doctor() -> None:
         """Shows versions, devices and settings, and runs one loss on the devices."""
@@ -260,6 +331,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "pretrain": (_pretrain, "METHOD", "train a network, and measure what it learned"),
     "evaluate": (_evaluate, "RUN", "measure the newest checkpoint of a run"),
     "replay": (_replay, "RUN", "find what was not finite in a step that was skipped"),
+    "checkpoint": (_checkpoint, "COMMAND RUN", "list, verify or prune a run's states"),
     "data": (_data, "prepare", "make a data set of raw files"),
     "doctor": (_doctor, "", "check the installation and the devices"),
 }

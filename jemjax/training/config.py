@@ -194,6 +194,12 @@ class PretrainConfig:
     """continue if the output folder holds a run, else start"""
     overwrite: bool = False
     """delete a run that the output folder holds"""
+    allow_change: tuple[str, ...] = ()
+    """settings that may differ from those of the run that is resumed, though other
+    numbers follow, such as batch_size, views or data_sha256"""
+    fallback: bool = True
+    """resume from the checkpoint before where the newest is damaged (off: stop with
+    exit code 5)"""
     views: ViewOptions = ViewOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import shlex
 import shutil
 import time
@@ -11,19 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jemjax import __version__
 from jemjax.augment import ViewRecipe
 from jemjax.data import Crop, Source, batches, in_memory, open_data
-from jemjax.errors import UserError
+from jemjax.errors import CheckpointError, UserError
 from jemjax.methods import METHODS, Optimization
 from jemjax.models import create_backbone
 from jemjax.runtime import make_deterministic, quick_compilation, settings
@@ -50,6 +48,7 @@ from jemjax.training.hosts import (
     stop,
     together,
 )
+from jemjax.training.lock import LOCK_NAME, locked
 from jemjax.training.measure import measure, measure_collapse, measure_knn
 from jemjax.training.mesh import (
     batch_sharding,
@@ -66,6 +65,7 @@ from jemjax.training.metrics import (
     write_json,
 )
 from jemjax.training.optimizers import make_optimizer
+from jemjax.training.resuming import COMMAND, compare, describe_run, versions
 from jemjax.training.signals import Signals
 from jemjax.training.skipped import SkippedSteps
 from jemjax.training.state import TrainState, init_state
@@ -232,16 +232,36 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         run.check()
     require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
     folder = Path(config.output)
-    with together():
-        if is_first():
-            _prepare_folder(config, folder)
+    about = describe_run(config, source)
+    require_equal(about["data_sha256"], f"--data {config.data}: differs between hosts")
+    with contextlib.ExitStack() as held:
+        with together():
+            if is_first():
+                _check_folder(config, folder)
+                held.enter_context(locked(folder))
+                _prepare_folder(config, folder, about, display)
+        return _pretrain(config, run, source, test, folder, about, display, began)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    run: Run,
+    source: Source,
+    test: Source,
+    folder: Path,
+    about: dict[str, Any],
+    display: Display,
+    began: float,
+) -> dict[str, Any]:
+    """The run in its folder, which is this process's."""
+    assert config.steps
     require_shared(folder)
     with together():
         if is_first():
             _write_config(config, folder)
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
     with Signals() as signals, explaining_memory(config):
-        return _run(run, source, test, folder, display, signals, began)
+        return _run(run, source, test, folder, about, display, signals, began)
 
 
 def _run(
@@ -249,6 +269,7 @@ def _run(
     source: Source,
     test: Source,
     folder: Path,
+    about: dict[str, Any],
     display: Display,
     signals: Signals,
     began: float,
@@ -257,10 +278,13 @@ def _run(
     config = run.config
     assert config.steps
     state = untrained = run.init()
-    checkpoints = Checkpoints(folder)
-    try:
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+    checkpoints = Checkpoints(
+        folder, about=about, fallback=config.fallback, say=display.say
+    )
+    with checkpoints:
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state = restored
             display.say(f"resumed after step {int(state.step)}")
         if state is untrained:
             untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
@@ -268,9 +292,12 @@ def _run(
         seconds = _train(
             run, source, test, state, embedder, checkpoints, display, folder, signals
         )
-        final = checkpoints.restore(untrained, config.steps)
-    finally:
-        checkpoints.close()
+        final = checkpoints.restore(untrained)
+        if final is None or int(final.step) != config.steps:
+            raise CheckpointError(
+                f"{folder}: the final checkpoint is not as it was written; mend the"
+                " disk, and continue with --resume"
+            )
 
     end_on_sigterm()  # all is saved
     examples = choose_examples(source, test, config.final_examples)
@@ -295,7 +322,7 @@ def _run(
         **seconds,
         "total_seconds": round(time.monotonic() - began, 1),
         "state_sha256": fingerprint(final),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if is_first():
         write_json(folder / "results.json", results)
@@ -361,7 +388,9 @@ def _train(
         return {"images_per_second": past[-1]["images_per_second"]} if past else {}
     monitor = choose_examples(source, test, config.eval_examples)
     metrics_path = folder / "metrics.jsonl"
-    metrics_file = MetricsFile(metrics_path if is_first() else None, first + 1)
+    metrics_file = MetricsFile(
+        metrics_path if is_first() else None, first + 1, display.say
+    )
     stream = batches(
         source,
         batch_size=batch_size,
@@ -372,7 +401,7 @@ def _train(
         workers=config.workers,
         crops=run.crops,
     )
-    skipping = SkippedSteps(run.config, folder, checkpoints, state, display.say)
+    skipping = SkippedSteps(run.config, folder, state, display.say)
     shown: dict[str, float] = {}
     training = 0.0  # seconds in steps, without compilation and measurements
     mark, marked, counted = time.monotonic(), first, 0
@@ -386,6 +415,7 @@ def _train(
             assert images is not None  # else the run is stopped below
             state, metrics = run.step(state, images)
             clock.started(metrics["loss"])
+            checkpoints.check()
             if step < total:  # the next batch is loaded while the devices work
                 images = signals.interruptibly(lambda: run.images(next(stream)))
             if step % config.log_every == 0 or step in (first + 1, total):
@@ -429,7 +459,7 @@ def _train(
                 skipping.heed(step, state)
                 skipping.require_finite(step, state)
                 with clock.spent("saving"):
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, last=stopping or step == total)
             if stopping:
                 _stop(signals, config, f"after step {step}, which is saved")
     finally:
@@ -481,21 +511,17 @@ def _terms(metrics) -> list[str]:
     return [name for name in metrics if name not in others]
 
 
-def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
-    """Makes the run's folder; a used one is refused."""
-    used = (folder / "config.toml").exists()
+def _check_folder(config: PretrainConfig, folder: Path) -> None:
+    """Refuses a folder that is not a run's, before anything is written there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
-    if folder.exists() and any(folder.iterdir()) and not used:
+    used = (folder / "config.toml").exists()
+    if not used and folder.exists() and {*os.listdir(folder)} - {LOCK_NAME}:
         raise UserError(
             f"--output {folder}: holds files that are not of a run; choose another"
             " folder"
         )
-    if used and config.overwrite:
-        shutil.rmtree(folder)
-    elif used and config.resume:
-        _check_same_run(config, folder)
-    elif used:
+    if used and not (config.overwrite or config.resume):
         raise UserError(
             f"--output {folder}: holds a run; continue it with --resume, delete it"
             " with --overwrite, or choose another folder"
@@ -504,9 +530,27 @@ def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def _prepare_folder(
+    config: PretrainConfig, folder: Path, about: dict[str, Any], display: Display
+) -> None:
+    """Empties the folder, or compares this run with the one that it holds."""
+    if config.overwrite:
+        with _writing(folder):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_NAME:
+                    path.unlink()
+    elif (folder / "config.toml").exists():
+        differences = compare(folder, about, config.allow_change)
+        if differences:
+            display.say(f"WARNING: {folder} was begun otherwise; other numbers follow:")
+        for line in differences:
+            display.say(f"  {line}")
+
+
 def _write_config(config: PretrainConfig, folder: Path) -> None:
-    # What a run is, not how it was started.
-    config = dataclasses.replace(config, resume=False, overwrite=False, multihost=False)
+    config = dataclasses.replace(config, **COMMAND)
     with _writing(folder), replacing(folder / "config.toml") as file:
         file.write(to_toml(config))
 
@@ -520,37 +564,6 @@ def _writing(folder: Path) -> Iterator[None]:
             f"--output {folder}: cannot be written ({error.strerror}); choose another"
             " folder"
         ) from error
-
-
-# What may differ between a run and its continuation: nothing that changes its numbers.
-_FREE = {"output", "log_every", "eval_every", "eval_examples", "final_examples"} | {
-    "checkpoint_every",
-    "eval_data",
-    "fsdp",
-    "max_skipped",
-    "multihost",
-    "data_dir",
-    "workers",
-    "resume",
-    "overwrite",
-}
-
-
-def _check_same_run(config: PretrainConfig, folder: Path) -> None:
-    before = load_config(folder)
-    differences = [
-        f"  {field.name}: {getattr(before, field.name)} there,"
-        f" {getattr(config, field.name)} now"
-        for field in dataclasses.fields(config)
-        if field.name not in _FREE
-        and getattr(before, field.name) != getattr(config, field.name)
-    ]
-    if differences:
-        raise UserError(
-            f"--resume: {folder} holds a run with other settings:\n"
-            + "\n".join(differences)
-            + "\ngive the same settings, or choose another --output"
-        )
 
 
 def load_config(folder: Path) -> PretrainConfig:
@@ -610,11 +623,10 @@ def evaluate(
         fsdp = math.gcd(config.fsdp, jax.device_count())
         run = build(dataclasses.replace(config, fsdp=fsdp), source)
     untrained = run.init()
-    checkpoints = Checkpoints(folder)
-    try:
+    with Checkpoints(folder, writable=False, say=display.say) as checkpoints:
         state = checkpoints.restore(untrained)
-    finally:
-        checkpoints.close()
+    if state is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint yet")
     display.say(f"{folder}: step {int(state.step)} of {config.steps}")
     results = {
         "data": data,
@@ -691,12 +703,3 @@ def _header(run: Run, source: Source, test: Source):
     )
     yield "settings", settings()
     yield "output", str(config.output)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "jemjax": __version__,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "numpy": np.__version__,
-    }

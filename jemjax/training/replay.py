@@ -117,15 +117,11 @@ def _nearest(run: Run, folder: Path, step: int) -> tuple[TrainState, int]:
     """The last saved state that is not after a step, or that at the beginning."""
     state, found = run.init(), 0
     for place in (folder, folder / FOLDER):
-        if not (place / "checkpoints").is_dir():
-            continue
-        checkpoints = Checkpoints(place)
-        try:
-            steps = [saved for saved in checkpoints.steps() if found < saved <= step]
-            if steps:
-                state, found = checkpoints.restore(state, steps[-1]), steps[-1]
-        finally:
-            checkpoints.close()
+        if (place / "checkpoints").is_dir():
+            with Checkpoints(place, writable=False) as checkpoints:
+                saved = checkpoints.restore(state, until=step)
+            if saved is not None and int(saved.step) > found:
+                state, found = saved, int(saved.step)
     return state, found
 
 

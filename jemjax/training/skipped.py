@@ -13,6 +13,7 @@ from jemjax.training.config import PretrainConfig
 from jemjax.training.hosts import is_first, together
 from jemjax.training.metrics import write_json
 from jemjax.training.state import TrainState, all_finite
+from jemjax.training.stored import saved_steps
 
 # In a run's folder: a state from which the bad step is reached, and its number.
 FOLDER = "skipped"
@@ -32,13 +33,12 @@ class SkippedSteps:
         self,
         config: PretrainConfig,
         folder: Path,
-        checkpoints: Checkpoints,
         state: TrainState,
         say: Callable[[str], None],
     ):
         """`state` is that before the first step."""
         self._config, self._folder = config, folder
-        self._checkpoints, self._say = checkpoints, say
+        self._say = say
         self._known = int(state.skipped.steps)
 
     def heed(self, step: int, state: TrainState) -> int:
@@ -63,7 +63,7 @@ class SkippedSteps:
             )
             self._keep(number, state if in_a_row else None, diverged)
         if diverged:
-            last = self._checkpoints.latest_step()
+            last = self._last()
             with together():
                 raise DivergenceError(
                     f"steps {step - in_a_row + 1} to {step}: loss or gradient was not"
@@ -89,6 +89,10 @@ class SkippedSteps:
                     " checkpoints before it are. Lower --optimizer.learning-rate"
                 )
 
+    def _last(self) -> int | None:
+        steps = saved_steps(self._folder / "checkpoints")
+        return steps[-1] if steps else None
+
     def _keep(self, number: int, state: TrainState | None, again: bool) -> None:
         """A state from which step `number` is reached; the first one stays, or `again`.
 
@@ -101,18 +105,24 @@ class SkippedSteps:
         if (place / _FILE).exists() and not again:
             return
         if state is not None:
-            kept = Checkpoints(place)
-            if kept.latest_step() != number - 1:
-                # As it was before the step.
-                back = state.step - (state.step - number + 1)
-                zeros = jax.tree.map(lambda x: x - x, state.skipped)
-                kept.save(number - 1, state.replace(step=back, skipped=zeros))
-            kept.close()
+            # As it was before the step.
+            back = state.step - (state.step - number + 1)
+            zeros = jax.tree.map(lambda x: x - x, state.skipped)
+            if is_first():
+                place.mkdir(exist_ok=True)
+            with Checkpoints(place, say=self._say) as kept:
+                kept.save(
+                    number - 1, state.replace(step=back, skipped=zeros), last=True
+                )
         elif is_first():
-            last = self._checkpoints.latest_step()
+            last = self._last()
             if last is not None:
                 where = Path("checkpoints") / str(last)
-                shutil.copytree(self._folder / where, place / where, dirs_exist_ok=True)
+                try:
+                    shutil.copytree(self._folder / where, place / where)
+                except OSError as error:  # `replay` takes more steps again, then
+                    shutil.rmtree(place / where, ignore_errors=True)
+                    self._say(f"WARNING: {place / where}: not kept ({error})")
         if is_first():
             place.mkdir(exist_ok=True)
             write_json(place / _FILE, {"step": number})

@@ -27,6 +27,7 @@ from jemjax.training.mesh import make_mesh, to_devices
 from jemjax.training.metrics import Display, read_metrics
 from jemjax.training.replay import find, replay
 from jemjax.training.state import Skipped, all_finite
+from jemjax.training.stored import saved_steps
 
 
 @pytest.fixture(autouse=True)
@@ -179,9 +180,8 @@ def test_after_some_in_a_row_a_run_stops_with_its_last_good_state(poisoned, tmp_
     first = run.init()
     [kept] = (folder / "skipped" / "checkpoints").iterdir()
     assert kept.name == "0"
-    checkpoints = Checkpoints(folder / "skipped")
-    assert fingerprint(checkpoints.restore(first)) == fingerprint(first)
-    checkpoints.close()
+    with Checkpoints(folder / "skipped") as checkpoints:
+        assert fingerprint(checkpoints.restore(first)) == fingerprint(first)
     assert replay(folder, display=QUIET)[0].name == "view 0"
 
 
@@ -192,12 +192,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(DivergenceError) as error:
         pretrain(config, QUIET)
     assert error.value.exit_code == 4
-    checkpoints = Checkpoints(tmp_path / "run")
     source = open_data(config.data)
     like = build(resolve(config, source), source).init()
-    for step in checkpoints.steps():
-        assert all_finite(checkpoints.restore(like, step))
-    checkpoints.close()
+    for step in saved_steps(tmp_path / "run" / "checkpoints"):
+        with Checkpoints(tmp_path / "run") as checkpoints:
+            assert all_finite(checkpoints.restore(like, until=step))
 
 
 @pytest.mark.slow
