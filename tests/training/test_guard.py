@@ -146,6 +146,7 @@ def _config(tmp_path, white=(), **options):
 QUIET = Display(quiet=True)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_counted_kept_and_found_again(poisoned, tmp_path, capsys):
     config = _config(tmp_path, white=[7])
     pretrain(config, QUIET)
@@ -185,6 +186,7 @@ def test_after_some_in_a_row_a_run_stops_with_its_last_good_state(poisoned, tmp_
     assert replay(folder, display=QUIET)[0].name == "view 0"
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     # Of a finite gradient, an update beyond the range of float32.
     options = OptimizerOptions(name="sgd", learning_rate=1e38, weight_decay=0.0)
