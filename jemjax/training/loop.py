@@ -72,6 +72,16 @@ from jemjax.training.state import TrainState, init_state
 from jemjax.training.step import Images, Step, make_train_step
 from jemjax.training.timing import StepClock, describe
 
+# Said once, where a collapse is seen.
+CAUSES = (
+    "often it comes from a learning rate that is too high, or a warm-up too short"
+    " (--optimizer.learning-rate, --optimizer.warmup-epochs); a part that prevents it"
+    " being weak or off (the weights of VICReg's terms, --predictor, --target, the"
+    " temperatures and the center of DINO, epsilon and the queue of SwAV); a small"
+    " --batch-size; views too different to have anything in common (--views); images"
+    " that are nearly all alike. In the first steps it may pass"
+)
+
 
 class Run(NamedTuple):
     """What a configuration stands for, built."""
@@ -403,6 +413,7 @@ def _train(
     )
     skipping = SkippedSteps(run.config, folder, state, display.say)
     shown: dict[str, float] = {}
+    collapsed = False
     training = 0.0  # seconds in steps, without compilation and measurements
     mark, marked, counted = time.monotonic(), first, 0
     clock = StepClock()
@@ -451,6 +462,9 @@ def _train(
                 if row is not None:
                     for sentence in row.get("collapse", ()):
                         display.say(f"step {step}: collapse, {sentence}")
+                    if "collapse" in row and not collapsed:
+                        collapsed = True
+                        display.say(f"  {CAUSES}")
                     shown |= {"kNN": row["knn"]} if "knn" in row else {}
                     metrics_file.write({"step": step, **row})
                 mark, marked = time.monotonic(), step

@@ -1,6 +1,7 @@
 """Numbers that are not finite: skipped, kept, found again, and the end of a run."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from training.setups import BATCH, SIZE, Setup, setup_of, tiny_method
 
 from jemjax.data import open_data
@@ -286,3 +288,42 @@ def test_evaluation_leaves_the_state_as_it_was(name):
     first, second = embedder.embed(state, images), embedder.embed(state, images)
     chex.assert_trees_all_equal(first, second)
     assert fingerprint(state) == before
+
+
+@pytest.mark.slow
+def test_collapse_is_told_while_it_happens_with_its_causes(tmp_path):
+    # Nothing but the invariance term: all embeddings may be the same.
+    output = io.StringIO()
+    method = VICReg(projector=(16,), variance_weight=0.0, covariance_weight=0.0)
+    rate = OptimizerOptions(learning_rate=0.05)
+    config = _config(tmp_path, method=method, optimizer=rate, steps=60, eval_every=20)
+    pretrain(config, Display(Console(file=output, soft_wrap=True)))
+    said = output.getvalue()
+    assert ": collapse, type" in said.split("measuring:")[0]
+    assert said.count("often it comes from a learning rate that is too high") == 1
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert any(row.get("collapse") for row in rows)
+
+
+def test_deterministic_is_set_before_jax_uses_a_device():
+    program = """
+import os
+from jemjax.errors import UserError
+from jemjax.methods import VICReg
+from jemjax.training.config import PretrainConfig
+from jemjax.training.loop import pretrain
+os.environ["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=false"
+try:
+    pretrain(PretrainConfig(VICReg(), data="folder:none", deterministic=True))
+except UserError:
+    print(os.environ["XLA_FLAGS"])
+import jax
+jax.devices()  # XLA ends the process for a flag that it does not know
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    flags = done.stdout.decode().split()
+    assert flags == [
+        "--xla_cpu_enable_fast_math=false",
+        "--xla_gpu_deterministic_ops=true",
+    ]
