@@ -104,7 +104,8 @@ class SkippedSteps:
         place = self._folder / FOLDER
         if (place / _FILE).exists() and not again:
             return
-        if state is not None:
+        kept_steps = saved_steps(place / "checkpoints")
+        if state is not None and number - 1 not in kept_steps:
             # As it was before the step.
             back = state.step - (state.step - number + 1)
             zeros = jax.tree.map(lambda x: x - x, state.skipped)
@@ -114,9 +115,9 @@ class SkippedSteps:
                 kept.save(
                     number - 1, state.replace(step=back, skipped=zeros), last=True
                 )
-        elif is_first():
+        elif state is None and is_first():
             last = self._last()
-            if last is not None:
+            if last is not None and last not in kept_steps:
                 where = Path("checkpoints") / str(last)
                 try:
                     shutil.copytree(self._folder / where, place / where)

@@ -291,18 +291,18 @@ def test_evaluation_leaves_the_state_as_it_was(name):
 
 
 @pytest.mark.slow
-def test_collapse_is_told_while_it_happens_with_its_causes(tmp_path):
-    # Nothing but the invariance term: all embeddings may be the same.
+def test_collapse_is_told_while_it_happens_with_its_causes(tmp_path, monkeypatch):
+    found = {"effective_rank": 1.0, "collapse": ["type 1: all the same"]}
+    monkeypatch.setattr(loop, "measure_collapse", lambda embeddings: found)
     output = io.StringIO()
-    method = VICReg(projector=(16,), variance_weight=0.0, covariance_weight=0.0)
-    rate = OptimizerOptions(learning_rate=0.05)
-    config = _config(tmp_path, method=method, optimizer=rate, steps=60, eval_every=20)
+    config = _config(tmp_path, eval_every=4)
     pretrain(config, Display(Console(file=output, soft_wrap=True)))
     said = output.getvalue()
-    assert ": collapse, type" in said.split("measuring:")[0]
+    for step in (4, 8):
+        assert f"step {step}: collapse, type 1: all the same" in said
     assert said.count("often it comes from a learning rate that is too high") == 1
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert any(row.get("collapse") for row in rows)
+    assert [row["step"] for row in rows if row.get("collapse")] == [4, 8]
 
 
 def test_deterministic_is_set_before_jax_uses_a_device():

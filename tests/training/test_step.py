@@ -373,12 +373,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(name):
     setup = setup_of(name)
     state, _ = setup.steps(setup.init(), range(6))  # queues, moments and centers filled
     path, first = next(iter(_paths(state.params).items()))
-    spoilt = jnp.full_like(first, jnp.nan)  # such a number reaches loss and gradient
+    spoilt = jnp.full_like(first, jnp.nan)
     params = jax.tree.map(lambda leaf: spoilt if leaf is first else leaf, state.params)
     assert np.isnan(_paths(params)[path]).all()
     before = jax.device_get(state.replace(key=None, params=params))
     after, metrics = setup.steps(state.replace(params=params), [6, 7])
-    assert not any(np.isfinite(of_step["loss"]) for of_step in metrics)
+    # XLA's ReLU for CPUs may make zeros of them, so that only the gradient has some.
+    for of_step in metrics:
+        assert not np.isfinite(of_step["loss"] + of_step["gradient_norm"])
     after = jax.device_get(after.replace(key=None))
     counters = {"step": after.step, "skipped": after.skipped}
     assert counters == {"step": 8, "skipped": Skipped(steps=2, in_a_row=2, latest=8)}
