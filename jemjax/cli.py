@@ -98,53 +98,95 @@ def _usage() -> str:
 
 
 def _parse(function, program: str, arguments: list[str], **keywords):
-    try:
+    with _importing(program):
         import tyro
+    return tyro.cli(function, prog=f"jemjax {program}", args=arguments, **keywords)
+
+
+@contextlib.contextmanager
+def _importing(program: str) -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise UserError(
             f"{program} needs {error.name}: install it with pip install 'jemjax[train]'"
         ) from error
-    return tyro.cli(function, prog=f"jemjax {program}", args=arguments, **keywords)
+
+
+def _has_method(command: str, arguments: list[str]) -> bool:
+    """Whether a known method is named; help that names none is given here."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: jemjax {command} METHOD [options]\n")
+        print(f"methods: {', '.join(METHOD_NAMES)}")
+        print(f"`jemjax {command} METHOD --help` lists all options.")
+        return False
+    _choose("method", arguments[0], METHOD_NAMES)
+    return True
 
 
 def _pretrain(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: jemjax pretrain METHOD [options]\n")
-        print(f"methods: {', '.join(METHOD_NAMES)}")
-        print("`jemjax pretrain METHOD --help` lists all options.")
+    if not _has_method("pretrain", arguments):
         return
     name, arguments = arguments[0], arguments[1:]
-    _choose("method", name, METHOD_NAMES)
     from jemjax.runtime import prepare_process
 
     prepare_process()
     path, arguments = _take_config(arguments)
     # VICReg's word for a projector to more dimensions.
     arguments = [re.sub(r"^--expander(?=$|=)", "--projector", a) for a in arguments]
-    try:
-        from pathlib import Path
-
-        from jemjax.methods import METHODS
-        from jemjax.training.config import PretrainConfig, from_toml
+    with _importing("pretrain"):
+        from jemjax.training.config import PretrainConfig
         from jemjax.training.hosts import leaving_at_once
         from jemjax.training.loop import pretrain
-    except ImportError as error:
-        raise UserError(
-            f"pretrain needs {error.name}: install it with pip install 'jemjax[train]'"
-        ) from error
-    default = PretrainConfig(method=METHODS[name]())
-    if path is not None:
-        default = from_toml(Path(path), default)
     config = _parse(
         PretrainConfig,
         f"pretrain {name}",
         arguments,
-        default=default,
+        default=_read_config(path, name),
         description=f"Trains a network with {name}, and measures what it learned."
         " --config FILE reads a TOML file; options given here win over it.",
     )
     with leaving_at_once():
         pretrain(config)
+
+
+def _preview(arguments: list[str]) -> None:
+    if not _has_method("preview", arguments):
+        return
+    name, arguments = arguments[0], arguments[1:]
+    from jemjax.runtime import prepare_process
+
+    prepare_process()
+    path, arguments = _take_config(arguments)
+    with _importing("preview"):
+        import dataclasses
+
+        from jemjax.training.config import InputConfig
+        from jemjax.training.preview import PreviewConfig, preview
+    given = _read_config(path, name)
+    shared = [field.name for field in dataclasses.fields(InputConfig)]
+    config = _parse(
+        PreviewConfig,
+        f"preview {name}",
+        arguments,
+        default=PreviewConfig(**{field: getattr(given, field) for field in shared}),
+        description="Draws the first images of a step's batch, and exactly those views"
+        f" and masks of them that `jemjax pretrain {name}` makes with these options."
+        " --config FILE reads the config.toml of a run; options given here win over"
+        " it.",
+    )
+    preview(config)
+
+
+def _read_config(path: str | None, method: str):
+    """The method's defaults, under what a TOML file says."""
+    from pathlib import Path
+
+    from jemjax.methods import METHODS
+    from jemjax.training.config import PretrainConfig, from_toml
+
+    default = PretrainConfig(method=METHODS[method]())
+    return default if path is None else from_toml(Path(path), default)
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -332,6 +374,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "evaluate": (_evaluate, "RUN", "measure the newest checkpoint of a run"),
     "replay": (_replay, "RUN", "find what was not finite in a step that was skipped"),
     "checkpoint": (_checkpoint, "COMMAND RUN", "list, verify or prune a run's states"),
+    "preview": (_preview, "METHOD", "draw images and their views, before a run"),
     "data": (_data, "prepare", "make a data set of raw files"),
     "doctor": (_doctor, "", "check the installation and the devices"),
 }

@@ -11,6 +11,7 @@ from jemjax.data.sources import (
     in_memory,
     load_arrays,
     open_data,
+    read_image,
     spread,
 )
 from jemjax.errors import DataError
@@ -27,5 +28,6 @@ __all__ = [
     "in_memory",
     "load_arrays",
     "open_data",
+    "read_image",
     "spread",
 ]

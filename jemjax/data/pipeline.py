@@ -45,8 +45,9 @@ def batches(
             step 0 and the crop's number only.
 
     Returns:
-        An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32}; with crops of
-        {"views": a tuple of (b, size, size, C) uint8, "label": (b,) int32}.
+        An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32, "index": (b,)
+        int64 numbers of the examples in the source}; with crops "views", a tuple of
+        (b, size, size, C) uint8, take the place of "image".
 
     Raises:
         ValueError: for numbers out of range, or crops of a source that is in memory.
@@ -62,11 +63,8 @@ def batches(
         process_count=process_count,
         workers=workers,
     )
-    gather = functools.partial(_gather_images, source)
-    if crops:
-        if not isinstance(source, EncodedSource):
-            raise ValueError(f"crops: got a source {source.name}, expected image files")
-        gather = functools.partial(gather_crops, source, tuple(crops), seed)
+    if crops and not isinstance(source, EncodedSource):
+        raise ValueError(f"crops: got a source {source.name}, expected image files")
     import grain  # it brings jax, which this package does not
 
     # Grain shuffles and slices indices; images are then gathered a batch at a time,
@@ -74,6 +72,7 @@ def batches(
     dataset: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
     # Before they are dealt out to the hosts, parts are numbered in the whole stream.
+    gather = functools.partial(_gather, source, tuple(crops), seed)
     dataset = dataset.map_with_index(gather)
     dataset = dataset[process_index::process_count][step:]
     # Batches wait in memory, so no more of them than threads that make them.
@@ -89,10 +88,14 @@ def batches(
     return Batches(iter(dataset))
 
 
-def _gather_images(
-    source: Source, number: int, indices: np.ndarray
-) -> dict[str, np.ndarray]:
-    return source.gather(indices)
+def _gather(
+    source: Any, crops: tuple[Crop, ...], seed: int, number: int, indices: np.ndarray
+) -> dict[str, Any]:
+    if crops:
+        batch = gather_crops(source, crops, seed, number, indices)
+    else:
+        batch = source.gather(indices)
+    return {**batch, "index": indices}
 
 
 class Batches(Iterator[dict[str, Any]]):

@@ -23,11 +23,13 @@ from jemjax.augment import ViewRecipe
 from jemjax.data import Crop, Source, batches, in_memory, open_data
 from jemjax.errors import CheckpointError, UserError
 from jemjax.methods import METHODS, Optimization
-from jemjax.models import create_backbone
 from jemjax.runtime import make_deterministic, quick_compilation, settings
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
+    crops_of,
+    describe_data,
+    describe_views,
     from_toml,
     method_name_of,
     resolve,
@@ -149,24 +151,15 @@ class Run(NamedTuple):
 
 def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
     """Builds network, views and optimizer of a resolved configuration."""
-    assert config.image_size and config.backbone and config.batch_size and config.steps
+    assert config.batch_size and config.steps
     try:
         mesh = mesh or make_mesh(fsdp=config.fsdp)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     method = config.method
     try:
-        backbone = create_backbone(
-            config.backbone,
-            image_size=config.image_size,
-            dtype=jnp.dtype(config.compute_dtype),
-            patch_size=config.patch_size,
-            drop_path=config.drop_path or 0.0,
-            pooling=method.pooling,
-            layer_scale=config.layer_scale,
-        )
-        network = method.network(backbone)
-        recipe = config.views.apply(method.views(config.image_size))
+        network = config.network()
+        recipe = config.recipe()
         steps_per_epoch = len(source) / config.batch_size
         options = dataclasses.asdict(config.optimizer)
         options["clip_norm"] = options["clip_norm"] or None
@@ -195,11 +188,6 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         )
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{method.name}: {error}") from error
-    crops = tuple(
-        Crop(view.size, view.crop_scale, view.crop_ratio, view.interpolation)
-        for view in recipe.views
-        if source.sizes_differ
-    )
     return Run(
         config,
         mesh,
@@ -209,7 +197,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         schedule,
         step,
         source.image_shape,
-        crops,
+        crops_of(recipe, source),
         steps_per_epoch,
     )
 
@@ -683,22 +671,11 @@ def _check_test(config: PretrainConfig, source: Source, test: Source) -> None:
 def _header(run: Run, source: Source, test: Source):
     config = run.config
     assert config.steps
-    height, width, channels = source.image_shape
-    shape = f"{height} x {width} x {channels}"
-    if source.sizes_differ:
-        shape = f"several sizes, measured at {shape}"
-    yield (
-        "data",
-        f"{config.data}: {len(source):,} images of {shape}"
-        + (f", {source.num_classes} classes" if source.num_classes else ", no labels"),
-    )
+    yield "data", describe_data(config, source)
     yield "measured on", f"{config.eval_data}: {len(test):,} test images"
     size = config.image_size
     yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
-    for number, line in enumerate(str(run.recipe).splitlines()):
-        yield ("views" if number == 0 else ""), line
-    if run.crops:
-        yield "", "crops made by the loader, of full images; the rest on the device"
+    yield from describe_views(run.recipe, source)
     options = config.optimizer
     yield (
         "training",
