@@ -28,6 +28,7 @@ from jemjax.training.loop import build, explaining_memory, pretrain
 from jemjax.training.mesh import make_mesh, to_devices
 from jemjax.training.metrics import Display, read_metrics
 from jemjax.training.replay import find, replay
+from jemjax.training.skipped import skipped_step
 from jemjax.training.state import Skipped, all_finite
 from jemjax.training.stored import saved_steps
 
@@ -185,7 +186,7 @@ def test_after_some_in_a_row_a_run_stops_with_its_last_good_state(poisoned, tmp_
     assert kept.name == "0"
     with Checkpoints(folder / "skipped") as checkpoints:
         assert fingerprint(checkpoints.restore(first)) == fingerprint(first)
-    assert replay(folder, display=QUIET)[0].name == "view 0"
+    assert skipped_step(folder) == 1
 
 
 @pytest.mark.slow
