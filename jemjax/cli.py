@@ -7,8 +7,10 @@ answers without jax.
 import contextlib
 import difflib
 import errno
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -36,6 +38,10 @@ def reporting_errors() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"jemjax: {error}", file=sys.stderr)
+        if error.exit_code > 128:  # a thread that waits for a disk may never end
+            leave = threading.Timer(5, os._exit, [error.exit_code])
+            leave.daemon = True
+            leave.start()
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -234,6 +240,29 @@ def _evaluate(arguments: list[str]) -> None:
     _parse(evaluate, "evaluate", arguments)
 
 
+def _replay(arguments: list[str]) -> None:
+    def replay(
+        run: str, /, step: int | None = None, data_dir: str | None = None
+    ) -> None:
+        """Takes a step of a run again, and names the first number that is not finite.
+
+        Args:
+            run: the folder of the run.
+            step: its number, from 1; unless given, the one that the run kept.
+            data_dir: where prepared data sets are; unless given, as in the run.
+        """
+        from pathlib import Path
+
+        from jemjax.runtime import tune_cpu
+
+        tune_cpu()
+        from jemjax.training.replay import replay
+
+        replay(Path(run), step=step, data_dir=data_dir)
+
+    _parse(replay, "replay", arguments)
+
+
 def _data(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jemjax data prepare KIND RAW --name NAME [--out FOLDER]\n")
@@ -343,8 +372,9 @@ def _doctor(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "pretrain": (_pretrain, "METHOD", "train a network, and measure what it learned"),
     "evaluate": (_evaluate, "RUN", "measure the newest checkpoint of a run"),
-    "preview": (_preview, "METHOD", "draw images and their views, before a run"),
+    "replay": (_replay, "RUN", "find what was not finite in a step that was skipped"),
     "checkpoint": (_checkpoint, "COMMAND RUN", "list, verify or prune a run's states"),
+    "preview": (_preview, "METHOD", "draw images and their views, before a run"),
     "data": (_data, "prepare", "make a data set of raw files"),
     "doctor": (_doctor, "", "check the installation and the devices"),
 }

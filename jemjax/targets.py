@@ -37,7 +37,7 @@ def moving_average(target: Any, online: Any, momentum: Scalar) -> Any:
     Raises:
         ValueError: for different trees or shapes, leaves that are not real floating
             point (there is no average of counters and keys), and a momentum outside
-            [0, 1].
+            [0, 1], or below 1 that is 1 in the dtype of a leaf, which would never move.
 
     References:
         He, Fan, Wu, Xie, Girshick, 2020, MoCo (arXiv:1911.05722), equation 2.
@@ -63,6 +63,11 @@ def moving_average(target: Any, online: Any, momentum: Scalar) -> Any:
                 f"online, {_name(path)}: got shape {new.shape}, expected {old.shape}"
             )
         dtype = jnp.promote_types(jnp.float32, old.dtype)
+        if isinstance(momentum, float) and momentum < 1 == dtype.type(momentum):
+            raise ValueError(
+                f"momentum: got {momentum}, expected 1 or a number that {dtype} tells"
+                " from it"
+            )
         kept = jnp.asarray(momentum, dtype) * old.astype(dtype)
         return kept + jnp.asarray(left, dtype) * new.astype(dtype)
 

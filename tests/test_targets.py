@@ -334,6 +334,24 @@ def test_counters_are_refused():
         moving_average(jnp.int32(1), jnp.float32(1), 0.5)
 
 
+def test_a_momentum_that_rounds_to_1_is_refused():
+    momentum = 1 - 1e-9
+    with pytest.raises(ValueError, match="momentum: got 0.999999999, expected 1 or"):
+        moving_average(jnp.ones(2), jnp.ones(2), momentum)
+    with jax.enable_x64(True):
+        target = jnp.zeros(2, jnp.float64)
+        moved = moving_average(target, jnp.ones(2, jnp.float64), momentum)
+        assert np.all(moved > 0)
+
+
+def test_a_bfloat16_target_moves_at_a_momentum_that_bfloat16_rounds_to_1():
+    target, online = jnp.ones(2, jnp.bfloat16), jnp.full(2, 2, jnp.bfloat16)
+    assert jnp.bfloat16(0.999) == 1
+    for _ in range(1000):
+        target = moving_average(target, online, 0.999)
+    np.testing.assert_allclose(target, 2 - 0.999**1000, rtol=1e-4)
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan"), jnp.ones(2), "half"])
 def test_refused_momenta(momentum):
     with pytest.raises(ValueError, match="momentum: got"):

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jemjax.augment import ViewRecipe
@@ -303,6 +304,11 @@ class Method(abc.ABC):
                 )
             elif value is not None and not 0 <= value <= 1:
                 problems.append(f"{flag}: got {value}, expected a number in [0, 1]")
+            elif value is not None and value < 1 == np.float32(value):
+                problems.append(
+                    f"{flag}: got {value}, which is 1 in float32: the average would"
+                    " never move; expected 1, or at most 0.9999999"
+                )
         for name in ("projector", "predictor"):
             widths = getattr(self, name)
             if isinstance(widths, tuple) and any(width < 1 for width in widths):

@@ -217,11 +217,12 @@ class Checkpoints:
         """
         return ocp.multihost.reached_preemption(step)
 
-    def restore(self, like: TrainState) -> TrainState | None:
+    def restore(self, like: TrainState, until: int | None = None) -> TrainState | None:
         """The newest saved state that is whole, if any state was saved.
 
         Args:
             like: says the shapes, dtypes and shardings.
+            until: the last step that it may be of.
 
         Raises:
             CheckpointError: if there are checkpoints, but none that can be used.
@@ -230,7 +231,7 @@ class Checkpoints:
         chosen = ""
         with together():
             if is_first():
-                step = self._newest_whole(like)
+                step = self._newest_whole(like, until)
                 chosen = "" if step is None else str(step)
         chosen = gather(chosen)[0] if jax.process_count() > 1 else chosen
         if not chosen:
@@ -259,15 +260,17 @@ class Checkpoints:
         self._step = int(chosen)
         return restored["state"]
 
-    def _newest_whole(self, like: TrainState) -> int | None:
+    def _newest_whole(self, like: TrainState, until: int | None) -> int | None:
         problem = None
         for step in reversed(stored.saved_steps(self._folder)):
+            if until is not None and step > until:
+                continue
             try:
                 manifest = stored.verify(self._folder / str(step))
             except CheckpointDamaged as error:
                 if not (self._folder / str(step)).exists():
                     # A run has just replaced it by a newer one.
-                    return self._newest_whole(like)
+                    return self._newest_whole(like, until)
                 if not self._fallback:
                     raise CheckpointError(
                         f"{error} (in {self._folder}); --fallback uses the one before"

@@ -184,6 +184,11 @@ class PretrainConfig(InputConfig):
     """steps between lines of metrics.jsonl"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """of the network's activations; losses, parameters and statistics are float32"""
+    max_skipped: int = 5
+    """steps in a row that are skipped, since loss or gradient is not finite, before the
+    run is stopped"""
+    deterministic: bool = False
+    """the same bytes on GPUs each time, at the cost of speed; CPUs need it not"""
     workers: int = 0
     """processes that load images; 0: threads of this one"""
     accumulate: int = 1
@@ -329,7 +334,7 @@ def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
     if given.steps is not None and given.epochs not in (None, config.epochs):
         yield "--steps and --epochs exclude each other: give one of them"
     positive = ("steps", "batch_size", "image_size", "eval_examples", "log_every")
-    for name in (*positive, "accumulate", "fsdp"):
+    for name in (*positive, "accumulate", "fsdp", "max_skipped"):
         if getattr(config, name) < 1:
             yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 1"
     for name in ("eval_every", "checkpoint_every", "workers", "seed"):

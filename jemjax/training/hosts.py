@@ -119,7 +119,7 @@ def end_on_sigterm() -> None:
     With other hosts jax only takes note of it, for a loop that saves and stops.
     """
     if (
-        jax.process_count() > 1
+        jax.distributed.is_initialized()
         and threading.current_thread() is threading.main_thread()
     ):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

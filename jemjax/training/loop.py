@@ -5,12 +5,12 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jemjax.augment import ViewRecipe
 from jemjax.data import Crop, Source, batches, in_memory, open_data
 from jemjax.errors import CheckpointError, UserError
 from jemjax.methods import METHODS, Optimization
-from jemjax.runtime import quick_compilation, settings
+from jemjax.runtime import make_deterministic, quick_compilation, settings
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
@@ -35,7 +35,12 @@ from jemjax.training.config import (
     resolve,
     to_toml,
 )
-from jemjax.training.features import Embedder, choose_examples, embed_examples
+from jemjax.training.features import (
+    Embedder,
+    Examples,
+    choose_examples,
+    embed_examples,
+)
 from jemjax.training.hosts import (
     connect,
     end_on_sigterm,
@@ -63,9 +68,21 @@ from jemjax.training.metrics import (
 )
 from jemjax.training.optimizers import make_optimizer
 from jemjax.training.resuming import COMMAND, compare, describe_run, versions
+from jemjax.training.signals import Signals
+from jemjax.training.skipped import SkippedSteps
 from jemjax.training.state import TrainState, init_state
 from jemjax.training.step import Images, Step, make_train_step
 from jemjax.training.timing import StepClock, describe
+
+# Said once, where a collapse is seen.
+CAUSES = (
+    "often it comes from a learning rate that is too high, or a warm-up too short"
+    " (--optimizer.learning-rate, --optimizer.warmup-epochs); a part that prevents it"
+    " being weak or off (the weights of VICReg's terms, --predictor, --target, the"
+    " temperatures and the center of DINO, epsilon and the queue of SwAV); a small"
+    " --batch-size; views too different to have anything in common (--views); images"
+    " that are nearly all alike. In the first steps it may pass"
+)
 
 
 class Run(NamedTuple):
@@ -81,6 +98,7 @@ class Run(NamedTuple):
     image_shape: tuple[int, int, int]
     crops: tuple[Crop, ...]
     """what the loader makes of images of several sizes; else it gives the images"""
+    steps_per_epoch: float
 
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
@@ -166,6 +184,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
             steps_per_epoch=steps_per_epoch,
             total_steps=config.steps,
             accumulate=config.accumulate,
+            max_skipped=config.max_skipped,
         )
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{method.name}: {error}") from error
@@ -179,6 +198,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         step,
         source.image_shape,
         crops_of(recipe, source),
+        steps_per_epoch,
     )
 
 
@@ -196,13 +216,15 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         UserError: for a configuration, data or an output folder that cannot be used.
     """
     began = time.monotonic()
+    if config.deterministic:
+        make_deterministic()
     connect(config.multihost)
     display = display or Display(quiet=not is_first())
     with together():
-        source = _open(config.data, "train", config, display)
+        source = open_source(config.data, "train", config, display)
         config = resolve(config, source)
         assert config.steps and config.batch_size and config.output
-        test = _open(config.eval_data or config.data, "test", config, display)
+        test = open_source(config.eval_data or config.data, "test", config, display)
         _check_test(config, source, test)
         run = build(config, source)
         run.check()
@@ -236,7 +258,23 @@ def _pretrain(
         if is_first():
             _write_config(config, folder)
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
+    with Signals() as signals, explaining_memory(config):
+        return _run(run, source, test, folder, about, display, signals, began)
 
+
+def _run(
+    run: Run,
+    source: Source,
+    test: Source,
+    folder: Path,
+    about: dict[str, Any],
+    display: Display,
+    signals: Signals,
+    began: float,
+) -> dict[str, Any]:
+    """Training, and what it led to."""
+    config = run.config
+    assert config.steps
     state = untrained = run.init()
     checkpoints = Checkpoints(
         folder, about=about, fallback=config.fallback, say=display.say
@@ -250,7 +288,7 @@ def _pretrain(
             untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
         embedder = Embedder(config.method, run.network, run.recipe, run.mesh)
         seconds = _train(
-            run, source, test, state, embedder, checkpoints, display, folder
+            run, source, test, state, embedder, checkpoints, display, folder, signals
         )
         final = checkpoints.restore(untrained)
         if final is None or int(final.step) != config.steps:
@@ -261,10 +299,8 @@ def _pretrain(
 
     end_on_sigterm()  # all is saved
     examples = choose_examples(source, test, config.final_examples)
-    results = {
-        "method": config.method.name,
-        "data": config.data,
-        **measure(
+    measured = signals.interruptibly(
+        lambda: measure(
             final,
             untrained,
             examples,
@@ -272,7 +308,14 @@ def _pretrain(
             run.recipe,
             folder / "clusters.csv",
             display.say,
-        ),
+        )
+    )
+    if measured is None:
+        _stop(signals, config, "after the last step, which is saved")
+    results = {
+        "method": config.method.name,
+        "data": config.data,
+        **measured,
         "steps": config.steps,
         **seconds,
         "total_seconds": round(time.monotonic() - began, 1),
@@ -288,9 +331,37 @@ def _pretrain(
     return results
 
 
-def _open(
+@contextlib.contextmanager
+def explaining_memory(config: PretrainConfig) -> Iterator[None]:
+    """Says what can be done where a device or a host has no memory left.
+
+    Raises:
+        UserError: in place of XLA's error, or Python's.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, jax.errors.JaxRuntimeError) and (
+            "RESOURCE_EXHAUSTED" not in reason
+        ):
+            raise
+        raise UserError(
+            f"out of memory with --batch-size {config.batch_size} in --accumulate"
+            f" {config.accumulate} parts, --image-size {config.image_size} and"
+            f" --backbone {config.backbone} ({reason or 'of the host'}): give one of"
+            " these:\n"
+            "  --accumulate, with more parts: the same loss, each part's activations"
+            " in turn\n"
+            "  --batch-size, with fewer images\n"
+            "  --image-size or --backbone, with smaller ones"
+        ) from error
+
+
+def open_source(
     name: str, split: Literal["train", "test"], config: PretrainConfig, display: Display
 ) -> Source:
+    """The images of a run's split, in memory if they fit."""
     source = open_data(name, split=split, data_dir=config.data_dir)
     return in_memory(source, progress=display.reading(f"{name}, {split}"))
 
@@ -304,6 +375,7 @@ def _train(
     checkpoints: Checkpoints,
     display: Display,
     folder: Path,
+    signals: Signals,
 ) -> dict[str, Any]:
     """The loop: state after `steps` steps is in `checkpoints` when it returns."""
     config, total, batch_size = run.config, run.config.steps, run.config.batch_size
@@ -327,21 +399,27 @@ def _train(
         workers=config.workers,
         crops=run.crops,
     )
+    skipping = SkippedSteps(run.config, folder, state, display.say)
     shown: dict[str, float] = {}
+    collapsed = False
     training = 0.0  # seconds in steps, without compilation and measurements
     mark, marked, counted = time.monotonic(), first, 0
     clock = StepClock()
     display.start(total, first)
     try:
-        images = run.images(next(stream))
+        images = signals.interruptibly(lambda: run.images(next(stream)))
+        if images is None:
+            _stop(signals, config, f"after step {first}, no other was taken")
         for step in range(first + 1, total + 1):
+            assert images is not None  # else the run is stopped below
             state, metrics = run.step(state, images)
             clock.started(metrics["loss"])
             checkpoints.check()
             if step < total:  # the next batch is loaded while the devices work
-                images = run.images(next(stream))
+                images = signals.interruptibly(lambda: run.images(next(stream)))
             if step % config.log_every == 0 or step in (first + 1, total):
                 row = {name: float(value) for name, value in metrics.items()}
+                skipped = skipping.heed(step, state)
                 now = time.monotonic()
                 rate = (step - marked) * batch_size / (now - mark)
                 if marked > first:  # the first interval holds the compilation
@@ -351,7 +429,8 @@ def _train(
                 row = {
                     "step": step,
                     **row,
-                    "learning_rate": float(run.schedule(step - 1)),
+                    "learning_rate": float(run.schedule(step - skipped - 1)),
+                    "skipped_steps": skipped,
                     "images_per_second": round(rate, 1),
                 }
                 metrics_file.write(row)
@@ -365,30 +444,26 @@ def _train(
                 display.step(step, total, shown)
             if _due(step, config.eval_every) and step < total:
                 with clock.spent("measuring"):
-                    embedded = embed_examples(
-                        monitor, functools.partial(embedder.embed, state)
+                    row = signals.interruptibly(
+                        lambda state=state: _monitor(embedder, monitor, state)
                     )
-                    assert embedded.test.embedding is not None
-                    figures = measure_collapse(embedded.test.embedding)
-                    row = {"step": step, "effective_rank": figures["effective_rank"]}
-                    if monitor.num_classes:
-                        row["knn"] = shown["kNN"] = measure_knn(embedded)
-                    if figures["collapse"]:
-                        row["collapse"] = figures["collapse"]
-                    for sentence in figures["collapse"]:
+                if row is not None:
+                    for sentence in row.get("collapse", ()):
                         display.say(f"step {step}: collapse, {sentence}")
-                    metrics_file.write(row)
+                    if "collapse" in row and not collapsed:
+                        collapsed = True
+                        display.say(f"  {CAUSES}")
+                    shown |= {"kNN": row["knn"]} if "knn" in row else {}
+                    metrics_file.write({"step": step, **row})
                 mark, marked = time.monotonic(), step
-            preempted = checkpoints.preempted(step)
-            if preempted or step == total or _due(step, config.checkpoint_every):
+            stopping = checkpoints.preempted(step) or signals.stopping
+            if stopping or step == total or _due(step, config.checkpoint_every):
+                skipping.heed(step, state)
+                skipping.require_finite(step, state)
                 with clock.spent("saving"):
-                    checkpoints.save(step, state, last=preempted or step == total)
-            if preempted:
-                stop(
-                    f"stopped by SIGTERM after step {step}, which is saved; the same"
-                    " command with --resume continues",
-                    128 + signal.SIGTERM,
-                )
+                    checkpoints.save(step, state, last=stopping or step == total)
+            if stopping:
+                _stop(signals, config, f"after step {step}, which is saved")
     finally:
         display.stop()
         metrics_file.close()
@@ -402,6 +477,31 @@ def _train(
         "training_seconds": round(training, 1),
         "seconds_after_first_step": {k: round(v, 2) for k, v in spent.items()},
     }
+
+
+def _monitor(embedder: Embedder, examples: Examples, state: TrainState):
+    """What a row of metrics tells of a measurement during the run."""
+    embedded = embed_examples(examples, functools.partial(embedder.embed, state))
+    assert embedded.test.embedding is not None
+    figures = measure_collapse(embedded.test.embedding)
+    row: dict[str, Any] = {"effective_rank": figures["effective_rank"]}
+    if examples.num_classes:
+        row["knn"] = measure_knn(embedded)
+    if figures["collapse"]:
+        row["collapse"] = figures["collapse"]
+    return row
+
+
+def _stop(signals: Signals, config: PretrainConfig, where: str) -> NoReturn:
+    """Ends a run because of a signal, once what is being saved is saved."""
+    command = ["jemjax", "pretrain", config.method.name, "--config"]
+    command += [str(Path(config.output or "") / "config.toml"), "--resume"]
+    command += ["--multihost"] if jax.process_count() > 1 else []
+    stop(
+        f"stopped by {signals.name} {where}; it continues with:\n"
+        f"  {shlex.join(command)}",
+        signals.exit_code,
+    )
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -516,8 +616,8 @@ def evaluate(
         same = data is None and eval_data is None
         eval_data = eval_data or data or config.eval_data or config.data
         data = data or config.data
-        source = _open(data, "train", config, display)
-        test = _open(eval_data, "test", config, display)
+        source = open_source(data, "train", config, display)
+        test = open_source(eval_data, "test", config, display)
         _check_test(
             dataclasses.replace(config, data=data, eval_data=eval_data), source, test
         )

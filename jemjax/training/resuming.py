@@ -39,6 +39,7 @@ FREE = {
     "checkpoint_every",
     "eval_data",
     "data_dir",
+    "max_skipped",
     "workers",
     "fsdp",
     # Where the images lie; which they are, the fingerprint tells.

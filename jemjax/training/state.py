@@ -1,6 +1,6 @@
 """Everything that a step reads and writes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,17 @@ from flax import linen as nn
 from flax import struct
 
 from jemjax.methods import Method
+
+
+class Skipped(NamedTuple):
+    """Steps that changed nothing, since their loss or gradient was not finite."""
+
+    steps: Any = 0
+    """how many, int32"""
+    in_a_row: Any = 0
+    """how many just now, int32"""
+    latest: Any = 0
+    """the number of the latest, counted from 1, int32"""
 
 
 class TrainState(struct.PyTreeNode):
@@ -27,6 +38,7 @@ class TrainState(struct.PyTreeNode):
     target_params: Any = struct.field(default_factory=dict)
     target_batch_stats: Any = struct.field(default_factory=dict)
     loss_state: Any = struct.field(default_factory=dict)
+    skipped: Skipped = Skipped()
 
     def measured(self, method: Method) -> dict[str, Any]:
         """The variables of the branch whose features are the method's result."""
@@ -84,7 +96,18 @@ def init_state(
         target_params=target_params,
         target_batch_stats=target_batch_stats,
         loss_state=method.init_loss_state(jax.random.fold_in(init_key, 2), outputs),
+        skipped=Skipped(*[jnp.zeros((), jnp.int32) for _ in Skipped._fields]),
     )
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point number of a pytree is finite, a scalar."""
+    finite = [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return jnp.all(jnp.array(finite, bool))
 
 
 def keys_of_run(key: jax.Array) -> tuple[jax.Array, jax.Array]:

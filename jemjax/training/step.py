@@ -26,11 +26,13 @@ from jemjax.training.mesh import (
     replicated,
     state_sharding,
 )
-from jemjax.training.state import TrainState, without_predictor
+from jemjax.training.state import Skipped, TrainState, all_finite, without_predictor
 
 # One array of images, or for each view an array of crops that the loader made.
 Images = jax.Array | tuple[jax.Array, ...]
 Step = Callable[[TrainState, Images], tuple[TrainState, dict[str, jax.Array]]]
+# Called with the name of what is computed on the way to the loss, and a pytree.
+Watch = Callable[[str, Any], None]
 
 
 def make_train_step(
@@ -43,8 +45,13 @@ def make_train_step(
     steps_per_epoch: float,
     total_steps: int,
     accumulate: int = 1,
+    max_skipped: int = 5,
 ) -> Step:
     """The compiled step of a method.
+
+    A step of which the loss, the norm of the gradient, a batch statistic or what the
+    loss remembers is not finite changes nothing of the state but `step` and `skipped`.
+    After `max_skipped` of them in a row no step does, until the run is stopped.
 
     With `accumulate` the network sees a batch in as many parts, one after the other, of
     which no activations are kept: only the embeddings, of which the loss is that of the
@@ -61,6 +68,7 @@ def make_train_step(
         steps_per_epoch: steps in which all images are seen once.
         total_steps: steps of the run.
         accumulate: the number of parts; the batch is a multiple of it and the devices.
+        max_skipped: at least 1.
 
     Returns:
         (state, (N, H, W, C) uint8 images) -> (state after the step, scalars to log).
@@ -70,7 +78,106 @@ def make_train_step(
     References:
         Gao, Zhang, Han, Callan, 2021 (arXiv:2101.06983), for the order of `accumulate`.
     """
+    loss_of = make_loss(
+        method,
+        network,
+        recipe,
+        mesh,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        accumulate=accumulate,
+    )
+
+    def train_step(state: TrainState, images: Images):
+        clock = Clock(state.step, steps_per_epoch, total_steps)
+        (loss, (terms, outputs, statistics)), gradients = jax.value_and_grad(
+            loss_of, has_aux=True
+        )(state.params, state, images)
+        online, target = outputs
+        gradient_norm = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = method.constrain(optax.apply_updates(state.params, updates))
+        metrics = {
+            "loss": loss,
+            **terms,
+            "embedding_std": normalized_std(online[0].embedding),
+            "gradient_norm": gradient_norm,
+        }
+        target_params = state.target_params
+        batch_stats, target_batch_stats = statistics
+        if method.target == "momentum":
+            metrics["target_momentum"] = momentum = method.momentum(clock)
+            target_params = moving_average(
+                target_params, without_predictor(params), momentum
+            )
+            if method.average_statistics:
+                target_batch_stats = moving_average(
+                    state.target_batch_stats, without_predictor(batch_stats), momentum
+                )
+        loss_state = method.remember(state.loss_state, clock, online, target)
+        # Not of the parameters after the update, which would have to be kept beside
+        # those before it: of these numbers they are made, before anything is clipped.
+        taken = all_finite((loss, gradient_norm, statistics, loss_state))
+        taken &= state.skipped.in_a_row < max_skipped
+        updated = state.replace(
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            target_params=target_params,
+            target_batch_stats=target_batch_stats,
+            loss_state=loss_state,
+        )
+        state = jax.tree.map(
+            lambda new, old: jnp.where(taken, new, old), updated, state
+        )
+        step, skipped = state.step + 1, state.skipped
+        state = state.replace(
+            step=step,
+            skipped=Skipped(
+                steps=skipped.steps + ~taken,
+                in_a_row=jnp.where(taken, 0, skipped.in_a_row + 1),
+                latest=jnp.where(taken, skipped.latest, step),
+            ),
+        )
+        metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+        # Said, or the compiler would shard a queue, and the next step be another.
+        return (
+            lax.with_sharding_constraint(state, state_sharding(state, mesh)),
+            lax.with_sharding_constraint(metrics, replicated(mesh)),
+        )
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_loss(
+    method: Method,
+    network: nn.Module,
+    recipe: ViewRecipe,
+    mesh: Mesh,
+    *,
+    steps_per_epoch: float,
+    total_steps: int,
+    accumulate: int = 1,
+    watch: Watch | None = None,
+) -> Callable[..., Any]:
+    """The loss of a step, as a function of the parameters.
+
+    Args:
+        method: as for `make_train_step`, and so are others.
+        network: maps (N, H, W, C) views to `Outputs`.
+        recipe: the views and their masks.
+        mesh: of `jemjax.training.mesh.make_mesh`.
+        steps_per_epoch: steps in which all images are seen once.
+        total_steps: steps of the run.
+        accumulate: the number of parts.
+        watch: told of views, embeddings and terms; parts are then written out one by
+            one, so that all of it is of one trace.
+
+    Returns:
+        (params, state, images) -> (loss, (terms, both branches' outputs, statistics)).
+    """
     branches = Branches(method, network, recipe)
+    tell: Watch = watch or (lambda name, tree: None)
 
     def embed(params, state: TrainState, images, keys):
         """The outputs of both branches for the whole batch, and the statistics."""
@@ -78,6 +185,8 @@ def make_train_step(
         def embed_part(statistics, part):
             images, keys = part
             views, masks, drop_keys = branches.see(keys, images)
+            for number, seen in enumerate(views):
+                tell(f"view {number}", seen)
             return branches.embed(
                 params, state.target_params, statistics, views, masks, drop_keys
             )
@@ -85,11 +194,18 @@ def make_train_step(
         statistics = Statistics(state.batch_stats, state.target_batch_stats)
         if accumulate == 1:
             return embed_part(statistics, (images, keys))
-        statistics, outputs = lax.scan(
-            jax.checkpoint(embed_part, prevent_cse=False),
-            statistics,
-            _split((images, keys), accumulate, mesh),
-        )
+        parts = _split((images, keys), accumulate, mesh)
+        if watch:
+            made = []
+            for number in range(accumulate):
+                part = jax.tree.map(lambda x, number=number: x[number], parts)
+                statistics, outputs = embed_part(statistics, part)
+                made.append(outputs)
+            outputs = jax.tree.map(lambda *arrays: jnp.stack(arrays), *made)
+        else:
+            statistics, outputs = lax.scan(
+                jax.checkpoint(embed_part, prevent_cse=False), statistics, parts
+            )
         return statistics, _join(outputs, mesh)
 
     # Over the devices' shards the loss says itself what is sent between them; the
@@ -111,71 +227,35 @@ def make_train_step(
             out_specs=P(),
         )(online, target, memory)
 
-    def train_step(state: TrainState, images: Images):
+    def loss_of(params, state: TrainState, images: Images):
         clock = Clock(state.step, steps_per_epoch, total_steps)
         count = len(jax.tree.leaves(images)[0])
         keys = keys_of_step(state.key, state.step, count)
+        statistics, (online, target) = embed(params, state, images, keys)
 
-        def loss_of_params(params):
-            statistics, (online, target) = embed(params, state, images, keys)
+        # What is remembered is of the target branch.
+        def scores(embeddings) -> Any:
+            averaged = method.target == "momentum"
+            of_branch = state.target_params if averaged else params
+            return network.apply({"params": of_branch}, embeddings, method="scores")
 
-            # What is remembered is of the target branch.
-            def scores(embeddings) -> Any:
-                averaged = method.target == "momentum"
-                of_branch = state.target_params if averaged else params
-                return network.apply({"params": of_branch}, embeddings, method="scores")
-
-            memory = lax.stop_gradient(method.recall(state.loss_state, clock, scores))
-            compared = None
-            if not branches.are_one:
-                compared = tuple(outputs.target for outputs in target)
-                if method.stop_gradient:
-                    compared = lax.stop_gradient(compared)
-            loss, terms = loss_of_batch(
-                tuple(outputs.prediction for outputs in online), compared, memory
-            )
-            return loss, (terms, lax.stop_gradient((online, target)), statistics)
-
-        (loss, (terms, outputs, statistics)), gradients = jax.value_and_grad(
-            loss_of_params, has_aux=True
-        )(state.params)
-        online, target = outputs
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = method.constrain(optax.apply_updates(state.params, updates))
-        metrics = {
-            "loss": loss,
-            **terms,
-            "embedding_std": normalized_std(online[0].embedding),
-            "gradient_norm": optax.tree.norm(gradients),
-        }
-        target_params = state.target_params
-        batch_stats, target_batch_stats = statistics
-        if method.target == "momentum":
-            metrics["target_momentum"] = momentum = method.momentum(clock)
-            target_params = moving_average(
-                target_params, without_predictor(params), momentum
-            )
-            if method.average_statistics:
-                target_batch_stats = moving_average(
-                    state.target_batch_stats, without_predictor(batch_stats), momentum
-                )
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            target_params=target_params,
-            target_batch_stats=target_batch_stats,
-            loss_state=method.remember(state.loss_state, clock, online, target),
+        memory = lax.stop_gradient(method.recall(state.loss_state, clock, scores))
+        for name, remembered in memory.items():
+            tell(f"the loss's memory, {name}", remembered)
+        compared = None
+        if not branches.are_one:
+            compared = tuple(outputs.target for outputs in target)
+            if method.stop_gradient:
+                compared = lax.stop_gradient(compared)
+        loss, terms = loss_of_batch(
+            tuple(outputs.prediction for outputs in online), compared, memory
         )
-        metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
-        # Said, or the compiler would shard a queue, and the next step be another.
-        return (
-            lax.with_sharding_constraint(state, state_sharding(state, mesh)),
-            lax.with_sharding_constraint(metrics, replicated(mesh)),
-        )
+        for name, term in terms.items():
+            tell(f"term {name} of the loss", term)
+        tell("loss", loss)
+        return loss, (terms, lax.stop_gradient((online, target)), statistics)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return loss_of
 
 
 def keys_of_step(key: jax.Array, step: ArrayLike, count: int) -> jax.Array:

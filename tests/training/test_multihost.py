@@ -204,7 +204,7 @@ def test_sigterm_on_one_host_saves_and_stops_all(tmp_path):
     hosts[1].send_signal(signal.SIGTERM)
     codes, said = _end(hosts)
     assert codes == [143, 143], said
-    assert [errors.count("--resume continues") for _, errors in said] == [1, 0]
+    assert [errors.count("it continues with:") for _, errors in said] == [1, 0]
     last = max(_losses(folder))
     assert 5 <= last < 60
     assert (folder / "checkpoints" / str(last)).is_dir()

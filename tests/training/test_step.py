@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,7 @@ from jemjax.runtime import quick_compilation
 from jemjax.training import mesh
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.mesh import batch_sharding, make_mesh, to_devices
+from jemjax.training.state import Skipped
 from jemjax.training.step import Branches, Statistics
 
 METHODS = pytest.mark.parametrize("name", TINY)
@@ -364,6 +366,25 @@ def test_a_step_changes_what_it_should(name):
     # Every trained parameter moves, but for a mask token where nothing is masked.
     for path, leaf in _paths(before.params).items():
         assert np.any(leaf != np.asarray(_paths(state.params)[path])), path
+
+
+@METHODS
+def test_a_step_that_is_not_finite_changes_nothing_but_counters(name):
+    setup = setup_of(name)
+    state, _ = setup.steps(setup.init(), range(6))  # queues, moments and centers filled
+    path, first = next(iter(_paths(state.params).items()))
+    spoilt = jnp.full_like(first, jnp.nan)
+    params = jax.tree.map(lambda leaf: spoilt if leaf is first else leaf, state.params)
+    assert np.isnan(_paths(params)[path]).all()
+    before = jax.device_get(state.replace(key=None, params=params))
+    after, metrics = setup.steps(state.replace(params=params), [6, 7])
+    # XLA's ReLU for CPUs may make zeros of them, so that only the gradient has some.
+    for of_step in metrics:
+        assert not np.isfinite(of_step["loss"] + of_step["gradient_norm"])
+    after = jax.device_get(after.replace(key=None))
+    counters = {"step": after.step, "skipped": after.skipped}
+    assert counters == {"step": 8, "skipped": Skipped(steps=2, in_a_row=2, latest=8)}
+    chex.assert_trees_all_equal(after, before.replace(**counters))
 
 
 def test_the_terms_add_up_to_the_loss():

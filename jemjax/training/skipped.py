@@ -1,0 +1,138 @@
+"""Steps that the guard in the step skipped: told, kept for `replay`, and limited."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jemjax.errors import DivergenceError
+from jemjax.training.checkpoints import Checkpoints
+from jemjax.training.config import PretrainConfig
+from jemjax.training.hosts import is_first, together
+from jemjax.training.metrics import write_json
+from jemjax.training.state import TrainState, all_finite
+from jemjax.training.stored import saved_steps
+
+# In a run's folder: a state from which the bad step is reached, and its number.
+FOLDER = "skipped"
+_FILE = "step.json"
+
+
+class SkippedSteps:
+    """What the loop does about steps that were skipped.
+
+    It learns of them where it waits for the devices anyway: at logged steps, and before
+    a state is saved. By then the state has gone on from a step that was skipped alone.
+    It can be computed again from the last checkpoint, exactly, so that is kept; a state
+    that nothing has changed since is kept itself.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        state: TrainState,
+        say: Callable[[str], None],
+    ):
+        """`state` is that before the first step."""
+        self._config, self._folder = config, folder
+        self._say = say
+        self._known = int(state.skipped.steps)
+
+    def heed(self, step: int, state: TrainState) -> int:
+        """The number of steps skipped so far.
+
+        Args:
+            step: that was just taken.
+            state: after it.
+
+        Raises:
+            DivergenceError: if as many in a row were as the configuration allows.
+        """
+        count, in_a_row, latest = (int(number) for number in state.skipped)
+        diverged = in_a_row >= self._config.max_skipped
+        if count > self._known:
+            number = step - in_a_row + 1 if in_a_row else latest
+            self._known = count
+            self._say(
+                f"step {number}: loss or gradient was not finite, so it changed"
+                f" nothing; {count} skipped so far; `jemjax replay {self._folder}`"
+                " names the first such number"
+            )
+            self._keep(number, state if in_a_row else None, diverged)
+        if diverged:
+            last = self._last()
+            with together():
+                raise DivergenceError(
+                    f"steps {step - in_a_row + 1} to {step}: loss or gradient was not"
+                    f" finite; --max-skipped allows {self._config.max_skipped} in a"
+                    " row. "
+                    + (f"Step {last} is saved. " if last is not None else "")
+                    + f"`jemjax replay {self._folder}` names the first such number. A"
+                    " lower --optimizer.learning-rate, or a smaller"
+                    " --optimizer.clip-norm, may help"
+                )
+        return count
+
+    def require_finite(self, step: int, state: TrainState) -> None:
+        """Refuses to save numbers that are not finite.
+
+        Raises:
+            DivergenceError: if there are any.
+        """
+        if not bool(_all_finite(state)):
+            with together():
+                raise DivergenceError(
+                    f"step {step}: the state is not finite, and is not saved; the"
+                    " checkpoints before it are. Lower --optimizer.learning-rate"
+                )
+
+    def _last(self) -> int | None:
+        steps = saved_steps(self._folder / "checkpoints")
+        return steps[-1] if steps else None
+
+    def _keep(self, number: int, state: TrainState | None, again: bool) -> None:
+        """A state from which step `number` is reached; the first one stays, or `again`.
+
+        Args:
+            number: of the step.
+            state: if nothing has changed it since that step.
+            again: whether it takes the place of one that is kept.
+        """
+        place = self._folder / FOLDER
+        if (place / _FILE).exists() and not again:
+            return
+        kept_steps = saved_steps(place / "checkpoints")
+        if state is not None and number - 1 not in kept_steps:
+            # As it was before the step.
+            back = state.step - (state.step - number + 1)
+            zeros = jax.tree.map(lambda x: x - x, state.skipped)
+            if is_first():
+                place.mkdir(exist_ok=True)
+            with Checkpoints(place, say=self._say) as kept:
+                kept.save(
+                    number - 1, state.replace(step=back, skipped=zeros), last=True
+                )
+        elif state is None and is_first():
+            last = self._last()
+            if last is not None and last not in kept_steps:
+                where = Path("checkpoints") / str(last)
+                try:
+                    shutil.copytree(self._folder / where, place / where)
+                except OSError as error:  # `replay` takes more steps again, then
+                    shutil.rmtree(place / where, ignore_errors=True)
+                    self._say(f"WARNING: {place / where}: not kept ({error})")
+        if is_first():
+            place.mkdir(exist_ok=True)
+            write_json(place / _FILE, {"step": number})
+
+
+_all_finite = jax.jit(all_finite)
+
+
+def skipped_step(folder: Path) -> int | None:
+    """The number of the step of a run that is kept for `replay`, if one is."""
+    path = folder / FOLDER / _FILE
+    return json.loads(path.read_text())["step"] if path.exists() else None
