@@ -20,7 +20,7 @@ from jemjax.errors import CheckpointDamaged, CheckpointError, UserError
 from jemjax.training import stored
 from jemjax.training.checkpoints import ATTEMPTS, Checkpoints, fingerprint
 from jemjax.training.lock import locked
-from jemjax.training.state import TrainState
+from jemjax.training.state import Skipped, TrainState
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -36,6 +36,7 @@ def _state(step, *, size=1000, dtype=jnp.float32, **params):
         batch_stats={},
         opt_state={"momentum": jnp.asarray(draws[:10], jnp.float32)},
         loss_state={"queue": jnp.ones((4, 2)) * step},
+        skipped=Skipped(*[jnp.zeros((), jnp.int32) for _ in Skipped._fields]),
     )
 
 
