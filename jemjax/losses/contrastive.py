@@ -157,7 +157,8 @@ def _warm_nt_xent(u, v, temperature, axis_name):
 
 @_warm_nt_xent.defjvp
 def _warm_nt_xent_jvp(temperature, axis_name, primals, tangents):
-    value, gradients = _value_and_gradients(*primals, temperature, axis_name)
+    u, v = primals
+    value, gradients = _value_and_gradients(u, v, temperature, axis_name)
     of_u, of_v = (
         jnp.sum(gradient * change)
         for gradient, change in zip(gradients(), tangents, strict=True)
@@ -180,8 +181,8 @@ def _value_and_gradients(u, v, temperature, axis_name):
     value = batch_mean(0.5 * (losses[0] + losses[1]), axis_name)
 
     def gradients():
-        of_rows = [(1.0 / s)[:, None] for s in sums]  # (N, 1)
-        of_keys, _ = _stacked(*of_rows, axis_name)  # (2N_global, 1)
+        of_u, of_v = of_rows = [(1.0 / s)[:, None] for s in sums]  # (N, 1)
+        of_keys, _ = _stacked(of_u, of_v, axis_name)  # (2N_global, 1)
         scale = 0.5 / (count * temperature)
         return [
             scale * (row_products(e * (rows + of_keys.T), keys.T) - 2.0 * other)

@@ -9,12 +9,15 @@ sum_g CE(q_g, z) = G lse(z) - <sum_g q_g, z>, so the number of local views does 
 multiply the number of teacher views.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jemjax.losses.checks import check_arrays, check_flag, check_number
-from jemjax.losses.collectives import AxisName, batch_mean
+from jemjax.losses.collectives import AxisName, axis_size, batch_mean, psum
 
 Scalar = float | jax.Array
 
@@ -68,7 +71,7 @@ def cross_entropy(
     if check_flag("stop_gradient", stop_gradient):
         teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
     targets = _softmax(teacher, teacher_temperature)
-    return batch_mean(_entropy(student, targets, 1, student_temperature), axis_name)
+    return batch_mean(_entropy(student, targets, student_temperature), axis_name)
 
 
 def dino(
@@ -133,25 +136,89 @@ def dino(
         teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
     teacher = teacher - lax.stop_gradient(center)
     targets = _softmax(teacher, teacher_temperature)  # (G, N, K)
-    # Of each view the other views' targets: added, not subtracted from those of all the
-    # views, since logits can be large enough to show the rounding of a difference.
+    logits = jnp.asarray(student_logits)  # read as given: bfloat16 is not copied
+    return cross_entropy_of_views(logits, targets, student_temperature, axis_name)
+
+
+def cross_entropy_of_views(
+    logits: jax.Array, targets: jax.Array, temperature: Scalar, axis_name: AxisName
+) -> jax.Array:
+    """How badly each view predicts the targets of the other views, DINO's and SwAV's.
+
+    1/A sum_i 1/(V - 1) sum_{v != i} mean_n [-sum_k q_ink log softmax_k(z_vn / T)]
+
+    Args:
+        logits: (V, N, K) of all the views z, V >= 2.
+        targets: (A, N, K) distributions q for the first A <= V views, float32 or 64.
+        temperature: T > 0, checked.
+        axis_name: the axis over which the batch is sharded.
+
+    Returns:
+        A scalar of the targets' dtype, with gradients for all that have one.
+    """
+    views, rows, _ = logits.shape
+    scale = 1.0 / (targets.shape[0] * (views - 1) * rows * axis_size(axis_name))
+    temperature = jnp.asarray(temperature, targets.dtype)
+    return psum(_sum_over_views(logits, targets, temperature, scale), axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _sum_over_views(logits, targets, temperature, scale):
+    """`scale` times the cross-entropies of all the pairs of views and all the rows."""
+    assigned = targets.shape[0]
+    logits = logits.astype(targets.dtype)
+    others, every = _targets_of_others(targets)
+    total = jnp.sum(_entropy(logits[:assigned], others, temperature))
+    if logits.shape[0] > assigned:
+        total = total + jnp.sum(_entropy(logits[assigned:], every, temperature))
+    return scale * total
+
+
+def _sum_over_views_jvp(scale, primals, tangents):
+    """The derivative. For the logits alone, it is made view by view in their place.
+
+    Then no softmax of all the views is kept.
+    """
+    constant = [isinstance(tangent, SymbolicZero) for tangent in tangents]
+    if not all(constant[1:]):
+        tangents = [
+            jnp.zeros(tangent.shape, tangent.dtype) if zero else tangent
+            for tangent, zero in zip(tangents, constant, strict=True)
+        ]
+        of_pairs = functools.partial(_sum_over_views.fun, scale=scale)
+        return jax.jvp(of_pairs, tuple(primals), tuple(tangents))
+    logits, targets, temperature = primals
+    others, every = _targets_of_others(targets)
+
+    def replace(array, view, target):
+        """A view's logits by their gradient, which is returned with the value."""
+        own = lax.dynamic_index_in_dim(array, view, keepdims=False).astype(target.dtype)
+        value, gradient = _entropy_and_gradient(own, target, temperature)
+        gradient = (scale * gradient).astype(array.dtype)
+        array = lax.dynamic_update_index_in_dim(array, gradient, view, 0)
+        return array, scale * jnp.sum(value)
+
+    views = jnp.arange(logits.shape[0], dtype=jnp.int32)
+    first, local = views[: targets.shape[0]], views[targets.shape[0] :]
+    array, values = lax.scan(lambda a, x: replace(a, *x), logits, (first, others))
+    gradient, more = lax.scan(lambda a, view: replace(a, view, every), array, local)
+    change = gradient.astype(targets.dtype) * tangents[0].astype(targets.dtype)
+    return jnp.sum(values) + jnp.sum(more), jnp.sum(change)
+
+
+_sum_over_views.defjvp(_sum_over_views_jvp, symbolic_zeros=True)
+
+
+def _targets_of_others(targets):
+    """What each of the A views has to predict, (A, N, K), and what all others, (N, K).
+
+    The targets of the other views are added up, not subtracted from those of all the
+    views: logits can be large enough to show the rounding of a difference.
+    """
     others = jnp.zeros_like(targets)
-    for shift in range(1, teacher_views):
+    for shift in range(1, targets.shape[0]):
         others = others + jnp.roll(targets, shift, axis=0)
-    pairs = teacher_views * (views - 1)
-    entropy = jnp.sum(
-        _entropy(
-            student[:teacher_views], others, teacher_views - 1, student_temperature
-        ),
-        axis=0,
-    )  # (N,)
-    if views > teacher_views:
-        every = others[0] + targets[0]  # (N, K)
-        local = _entropy(
-            student[teacher_views:], every, teacher_views, student_temperature
-        )
-        entropy = entropy + jnp.sum(local, axis=0)
-    return batch_mean(entropy / pairs, axis_name)
+    return others, others[0] + targets[0]
 
 
 def update_center(
@@ -203,14 +270,22 @@ def _softmax(logits, temperature):
     return exponentials / jnp.sum(exponentials, axis=-1, keepdims=True)
 
 
-def _entropy(logits, targets, total, temperature):
-    """-<targets, log softmax(logits / temperature)>: (..., N, K) -> (..., N).
+def _entropy(logits, targets, temperature):
+    """-<targets, log softmax(logits / temperature)>: (..., N, K) -> (..., N)."""
+    value, _ = _entropy_and_gradient(logits, targets, temperature)
+    return value
 
-    `targets` are nonnegative, of the sum `total` along the last axis. That sum is what
-    lets the logits be shifted by their largest, which bounds both parts below.
-    """
+
+def _entropy_and_gradient(logits, targets, temperature):
+    """`_entropy`, and its gradient for the logits, for targets >= 0."""
+    # Shifted by the largest, both parts of the value are bounded below.
+    total = jnp.sum(targets, axis=-1, keepdims=True)
     largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     shifted = logits - largest
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted / temperature), axis=-1))
+    exponentials = jnp.exp(shifted / temperature)
+    normalizer = jnp.sum(exponentials, axis=-1, keepdims=True)
     # Divided last: a quotient may overflow, and with a target of 0 become NaN.
-    return total * log_sum - jnp.sum(targets * shifted, axis=-1) / temperature
+    value = (total * jnp.log(normalizer))[..., 0]
+    value = value - jnp.sum(targets * shifted, axis=-1) / temperature
+    gradient = (total / normalizer * exponentials - targets) / temperature
+    return value, gradient
