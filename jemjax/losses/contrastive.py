@@ -28,8 +28,9 @@ from jemjax.losses.collectives import (
 
 Scalar = float | jax.Array
 
-# From this temperature on exp((cos - 1) / T) does not vanish, whatever the cosine.
-_WARM = 0.025
+# From this temperature on no exp((cos - 1) / T) vanishes, whatever the cosine, and no
+# quotient of two sums of them overflows.
+_WARM = 0.03
 
 
 def nt_xent(
@@ -69,7 +70,7 @@ def nt_xent(
     )
     u = numerics.normalize_rows(rows[0], x.dtype)
     v = numerics.normalize_rows(rows[1], y.dtype)
-    if isinstance(temperature, float) and temperature >= _WARM:
+    if _warm(temperature):
         return _warm_nt_xent(u, v, temperature, axis_name)
     keys, count = _stacked(u, v, axis_name)  # (2N_global, D)
     first = _own_columns(u, 2 * count, axis_name)  # (N, 2N_global)
@@ -137,6 +138,10 @@ def info_nce(
         cosines = row_products(q, earlier)  # (N, Q)
         # A product of -inf would be a share of 0, and so be hidden.
         cosines = jnp.where(jnp.isfinite(cosines), cosines, jnp.nan)
+        if _warm(temperature):
+            others = jnp.log(jnp.sum(jnp.exp((cosines - 1.0) / temperature), axis=1))
+            losses = jax.nn.softplus(others - (positive - 1.0) / temperature)
+            return batch_mean(losses, axis_name)
         added = positive
     else:
         cosines = row_products(q, gather(k, axis_name))  # (N, N_global)
@@ -144,6 +149,11 @@ def info_nce(
         positive, added = _entry(cosines, own), None
     losses = _negative_log_share(positive, cosines, temperature, added=added)
     return batch_mean(losses, axis_name)
+
+
+def _warm(temperature):
+    """Whether one shift, of 1 / temperature, is right for the exponents of all rows."""
+    return isinstance(temperature, float) and temperature >= _WARM
 
 
 # With one shift for all the rows exp is symmetric, as the cosines are: it is computed
@@ -169,24 +179,26 @@ def _warm_nt_xent_jvp(temperature, axis_name, primals, tangents):
 def _value_and_gradients(u, v, temperature, axis_name):
     """The value of `_warm_nt_xent`, and a function for its gradients."""
     keys, count = _stacked(u, v, axis_name)  # (2N_global, D)
-    first = _own_columns(u, 2 * count, axis_name)  # (N, 2N_global)
-    exponentials = [
-        jnp.where(own, 0.0, jnp.exp((row_products(a, keys) - 1.0) / temperature))
-        for a, own in ((u, first), (v, jnp.roll(first, count, axis=1)))
-    ]
-    sums = [jnp.sum(e, axis=1) for e in exponentials]  # (N,)
-    positives = (1.0 - jnp.sum(u * v, axis=1)) / temperature
-    # Computed apart from the sums, the positive can exceed them by rounding.
-    losses = [jnp.maximum(jnp.log(s) + positives, 0.0) for s in sums]
+    own = _own_columns(u, count, axis_name)  # (N, N_global)
+    own = jnp.concatenate([own, own], axis=1)  # of an anchor and of its other view
+    negatives = [
+        jnp.where(own, 0.0, jnp.exp((row_products(anchors, keys) - 1.0) / temperature))
+        for anchors in (u, v)
+    ]  # (N, 2N_global)
+    positive = jnp.exp((jnp.sum(u * v, axis=1) - 1.0) / temperature)  # (N,)
+    sums = [jnp.sum(negative, axis=1) for negative in negatives]
+    # Of what is apart from the positive, so that little is not lost beside it.
+    losses = [jnp.log1p(of_others / positive) for of_others in sums]
     value = batch_mean(0.5 * (losses[0] + losses[1]), axis_name)
 
     def gradients():
-        of_u, of_v = of_rows = [(1.0 / s)[:, None] for s in sums]  # (N, 1)
-        of_keys, _ = _stacked(of_u, of_v, axis_name)  # (2N_global, 1)
+        weights = [(1.0 / (positive + of_others))[:, None] for of_others in sums]
+        of_keys, _ = _stacked(weights[0], weights[1], axis_name)  # (2N_global, 1)
+        pull = weights[0] * sums[0][:, None] + weights[1] * sums[1][:, None]  # (N, 1)
         scale = 0.5 / (count * temperature)
         return [
-            scale * (row_products(e * (rows + of_keys.T), keys.T) - 2.0 * other)
-            for e, rows, other in zip(exponentials, of_rows, (v, u), strict=True)
+            scale * (row_products(e * (weight + of_keys.T), keys.T) - pull * other)
+            for e, weight, other in zip(negatives, weights, (v, u), strict=True)
         ]
 
     return value, gradients
