@@ -21,6 +21,9 @@ from jemjax.losses.collectives import AxisName, axis_size, batch_mean, psum
 
 Scalar = float | jax.Array
 
+# Numbers of the logits whose gradient is computed at once: 8 MiB in float32.
+_BLOCK = 2**21
+
 
 def cross_entropy(
     student_logits: jax.Array,
@@ -159,54 +162,70 @@ def cross_entropy_of_views(
     views, rows, _ = logits.shape
     scale = 1.0 / (targets.shape[0] * (views - 1) * rows * axis_size(axis_name))
     temperature = jnp.asarray(temperature, targets.dtype)
-    return psum(_sum_over_views(logits, targets, temperature, scale), axis_name)
+    # Rows that the partitioner may have sharded, out of sight, are not cut into blocks.
+    local = axis_name is not None or jax.device_count() == 1
+    together = _rows_together(logits.shape) if local else rows
+    total = _sum_over_views(logits, targets, temperature, scale, together)
+    return psum(total, axis_name)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _sum_over_views(logits, targets, temperature, scale):
+def _rows_together(shape):
+    """The number of rows of a block: a divisor of all, of at most `_BLOCK` numbers."""
+    views, rows, outputs = shape
+    fitting = max(1, _BLOCK // (views * outputs))
+    return max(n for n in range(1, min(rows, fitting) + 1) if rows % n == 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _sum_over_views(logits, targets, temperature, scale, together):
     """`scale` times the cross-entropies of all the pairs of views and all the rows."""
-    assigned = targets.shape[0]
-    logits = logits.astype(targets.dtype)
-    others, every = _targets_of_others(targets)
-    total = jnp.sum(_entropy(logits[:assigned], others, temperature))
-    if logits.shape[0] > assigned:
-        total = total + jnp.sum(_entropy(logits[assigned:], every, temperature))
+    del together
+    total, _ = _sum_and_gradient(logits, targets, temperature)
     return scale * total
 
 
-def _sum_over_views_jvp(scale, primals, tangents):
-    """The derivative. For the logits alone, it is made view by view in their place.
+@functools.partial(_sum_over_views.defjvp, symbolic_zeros=True)
+def _sum_over_views_jvp(scale, together, primals, tangents):
+    """For the logits alone, the gradient is made block by block of rows in their place.
 
-    Then no softmax of all the views is kept.
+    A block stays in a CPU's cache, and no softmax of all the views is kept.
     """
+    logits, targets, temperature = primals
     constant = [isinstance(tangent, SymbolicZero) for tangent in tangents]
-    if not all(constant[1:]):
+    if not all(constant[1:]) or together == logits.shape[1]:
         tangents = [
             jnp.zeros(tangent.shape, tangent.dtype) if zero else tangent
             for tangent, zero in zip(tangents, constant, strict=True)
         ]
-        of_pairs = functools.partial(_sum_over_views.fun, scale=scale)
-        return jax.jvp(of_pairs, tuple(primals), tuple(tangents))
-    logits, targets, temperature = primals
-    others, every = _targets_of_others(targets)
+        plain = functools.partial(_sum_over_views.fun, scale=scale, together=together)
+        return jax.jvp(plain, tuple(primals), tuple(tangents))
 
-    def replace(array, view, target):
-        """A view's logits by their gradient, which is returned with the value."""
-        own = lax.dynamic_index_in_dim(array, view, keepdims=False).astype(target.dtype)
-        value, gradient = _entropy_and_gradient(own, target, temperature)
-        gradient = (scale * gradient).astype(array.dtype)
-        array = lax.dynamic_update_index_in_dim(array, gradient, view, 0)
-        return array, scale * jnp.sum(value)
+    def replace(array, first):
+        own, target = (
+            lax.dynamic_slice_in_dim(of, first, together, axis=1)
+            for of in (array, targets)
+        )
+        total, gradients = _sum_and_gradient(own, target, temperature)
+        gradient = (scale * jnp.concatenate(gradients)).astype(array.dtype)
+        array = lax.dynamic_update_slice_in_dim(array, gradient, first, axis=1)
+        return array, scale * total
 
-    views = jnp.arange(logits.shape[0], dtype=jnp.int32)
-    first, local = views[: targets.shape[0]], views[targets.shape[0] :]
-    array, values = lax.scan(lambda a, x: replace(a, *x), logits, (first, others))
-    gradient, more = lax.scan(lambda a, view: replace(a, view, every), array, local)
+    starts = jnp.arange(0, logits.shape[1], together, dtype=jnp.int32)
+    gradient, totals = lax.scan(replace, logits, starts)
     change = gradient.astype(targets.dtype) * tangents[0].astype(targets.dtype)
-    return jnp.sum(values) + jnp.sum(more), jnp.sum(change)
+    return jnp.sum(totals), jnp.sum(change)
 
 
-_sum_over_views.defjvp(_sum_over_views_jvp, symbolic_zeros=True)
+def _sum_and_gradient(logits, targets, temperature):
+    """The cross-entropies of all pairs, and their gradient in parts to concatenate."""
+    logits, assigned = logits.astype(targets.dtype), targets.shape[0]
+    others, every = _targets_of_others(targets)
+    value, gradient = _entropy_and_gradient(logits[:assigned], others, temperature)
+    total, gradients = jnp.sum(value), [gradient]
+    if logits.shape[0] > assigned:
+        local = _entropy_and_gradient(logits[assigned:], every, temperature)
+        total, gradients = total + jnp.sum(local[0]), [gradient, local[1]]
+    return total, gradients
 
 
 def _targets_of_others(targets):
