@@ -454,6 +454,8 @@ def _moments_and_gradient(h, normalizer, centered, axis_name):
     """The value of `_moments`, the rows it is of, and a function for its gradient."""
     features = h.shape[1]
     rows = numerics.center(h, axis_name) if centered else h
+    # Made once: XLA would make parts of it again for each use, and keep them all.
+    rows = lax.optimization_barrier(rows)
     squares = batch_sum(jnp.square(rows), axis_name)  # (D,)
     # In units of the columns' mean length no product is above D, and their squares can
     # neither overflow nor all underflow. The result does not depend on the unit.
