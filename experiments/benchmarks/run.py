@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated
 
 import harness
+import losses
 import tyro
 import views
 import views_share
 
-WORKLOADS = (*views.WORKLOADS, *views_share.WORKLOADS)
+WORKLOADS = (*losses.WORKLOADS, *views.WORKLOADS, *views_share.WORKLOADS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jemjax.losses.collectives import (
     feature_gram,
     pmax,
 )
+from jemjax.losses.distillation import cross_entropy_of_views
 
 Scalar = float | jax.Array
 
@@ -159,26 +160,7 @@ def swapped_cross_entropy(
             f"scores: got {views} views, expected at least 2 and the {assigned} of"
             " assignments"
         )
-    # What view v predicts is the sum of the assignments but its own, and a cross
-    # entropy is linear in it: one inner product a view, and no logarithm of a softmax.
-    # That sum is added up, not subtracted from `every`: scores can be large enough to
-    # show the rounding of a difference.
-    others = jnp.zeros_like(assignments)  # (A, N, K)
-    for shift in range(1, assigned):
-        others = others + jnp.roll(assignments, shift, axis=0)
-    every = jnp.sum(assignments, axis=0)  # (N, K)
-    # Shifted by the largest score of a row, no two large terms are subtracted.
-    shifted = scores - lax.stop_gradient(jnp.max(scores, axis=2, keepdims=True))
-    normalizers = jnp.log(jnp.sum(jnp.exp(shifted / temperature), axis=2))  # (V, N)
-    entropy = jnp.sum(jnp.sum(others, axis=2) * normalizers[:assigned], axis=0)  # (N,)
-    products = jnp.sum(others * shifted[:assigned], axis=(0, 2))  # (N,)
-    if views > assigned:
-        remaining = jnp.sum(normalizers[assigned:], axis=0)  # (N,)
-        entropy = entropy + jnp.sum(every, axis=1) * remaining
-        remaining = jnp.sum(shifted[assigned:], axis=0)  # (N, K)
-        products = products + jnp.sum(every * remaining, axis=1)
-    entropy = entropy - products / temperature
-    return batch_mean(entropy * (1.0 / (assigned * (views - 1))), axis_name)
+    return cross_entropy_of_views(scores, assignments, temperature, axis_name)
 
 
 def swav(

@@ -81,6 +81,15 @@ def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
     return _matmul("nd,md->nm", a, b)
 
 
+def row_gram(x: jax.Array) -> jax.Array:
+    """`x @ x.T`: (N, D) -> (N, N). It is symmetric: a quarter is not computed."""
+    half = x.shape[0] // 2
+    upper = row_products(x[:half], x)  # (N / 2, N)
+    lower = row_products(x[half:], x[half:])
+    lower = jnp.concatenate([upper[:, half:].T, lower], axis=1)
+    return jnp.concatenate([upper, lower])
+
+
 def feature_gram(a: jax.Array, b: jax.Array, axis_name: AxisName) -> jax.Array:
     """`a.T @ b` summed over the global batch: (N, D), (N, E) -> (D, E).
 

@@ -4,6 +4,8 @@ Under `axis_name` every shard compares its own rows with those of the global bat
 which are gathered: N x N_global cosines a shard, not N_global x N_global.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,10 +22,15 @@ from jemjax.losses.collectives import (
     batch_mean,
     first_row,
     gather,
+    psum,
     row_products,
 )
 
 Scalar = float | jax.Array
+
+# From this temperature on no exp((cos - 1) / T) vanishes, whatever the cosine, and no
+# quotient of two sums of them overflows.
+_WARM = 0.03
 
 
 def nt_xent(
@@ -63,10 +70,11 @@ def nt_xent(
     )
     u = numerics.normalize_rows(rows[0], x.dtype)
     v = numerics.normalize_rows(rows[1], y.dtype)
-    both = gather(jnp.concatenate([u, v], axis=1), axis_name)  # (N_global, 2D)
-    keys = jnp.concatenate(jnp.split(both, 2, axis=1))  # (2N_global, D)
-    first = _own_columns(u, keys.shape[0], axis_name)  # (N, 2N_global)
-    second = jnp.roll(first, both.shape[0], axis=1)
+    if _warm(temperature):
+        return _warm_nt_xent(u, v, temperature, axis_name)
+    keys, count = _stacked(u, v, axis_name)  # (2N_global, D)
+    first = _own_columns(u, 2 * count, axis_name)  # (N, 2N_global)
+    second = jnp.roll(first, count, axis=1)
 
     def of_anchors(anchors, itself, other):
         cosines = row_products(anchors, keys)  # (N, 2N_global)
@@ -130,12 +138,76 @@ def info_nce(
         cosines = row_products(q, earlier)  # (N, Q)
         # A product of -inf would be a share of 0, and so be hidden.
         cosines = jnp.where(jnp.isfinite(cosines), cosines, jnp.nan)
-        cosines = jnp.concatenate([positive[:, None], cosines], axis=1)  # (N, 1 + Q)
+        if _warm(temperature):
+            others = jnp.log(jnp.sum(jnp.exp((cosines - 1.0) / temperature), axis=1))
+            losses = jax.nn.softplus(others - (positive - 1.0) / temperature)
+            return batch_mean(losses, axis_name)
+        added = positive
     else:
         cosines = row_products(q, gather(k, axis_name))  # (N, N_global)
         own = _own_columns(q, cosines.shape[1], axis_name)
-        positive = _entry(cosines, own)
-    return batch_mean(_negative_log_share(positive, cosines, temperature), axis_name)
+        positive, added = _entry(cosines, own), None
+    losses = _negative_log_share(positive, cosines, temperature, added=added)
+    return batch_mean(losses, axis_name)
+
+
+def _warm(temperature):
+    """Whether one shift, of 1 / temperature, is right for the exponents of all rows."""
+    return isinstance(temperature, float) and temperature >= _WARM
+
+
+# With one shift for all the rows exp is symmetric, as the cosines are: it is computed
+# once for an anchor and for its part in the others, and one product has both.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _warm_nt_xent(u, v, temperature, axis_name):
+    """`nt_xent` of rows of unit length."""
+    value, _ = _value_and_gradients(u, v, temperature, axis_name)
+    return value
+
+
+@_warm_nt_xent.defjvp
+def _warm_nt_xent_jvp(temperature, axis_name, primals, tangents):
+    u, v = primals
+    value, gradients = _value_and_gradients(u, v, temperature, axis_name)
+    of_u, of_v = (
+        jnp.sum(gradient * change)
+        for gradient, change in zip(gradients(), tangents, strict=True)
+    )
+    return value, psum(of_u + of_v, axis_name)
+
+
+def _value_and_gradients(u, v, temperature, axis_name):
+    """The value of `_warm_nt_xent`, and a function for its gradients."""
+    keys, count = _stacked(u, v, axis_name)  # (2N_global, D)
+    own = _own_columns(u, count, axis_name)  # (N, N_global)
+    own = jnp.concatenate([own, own], axis=1)  # of an anchor and of its other view
+    negatives = [
+        jnp.where(own, 0.0, jnp.exp((row_products(anchors, keys) - 1.0) / temperature))
+        for anchors in (u, v)
+    ]  # (N, 2N_global)
+    positive = jnp.exp((jnp.sum(u * v, axis=1) - 1.0) / temperature)  # (N,)
+    sums = [jnp.sum(negative, axis=1) for negative in negatives]
+    # Of what is apart from the positive, so that little is not lost beside it.
+    losses = [jnp.log1p(of_others / positive) for of_others in sums]
+    value = batch_mean(0.5 * (losses[0] + losses[1]), axis_name)
+
+    def gradients():
+        weights = [(1.0 / (positive + of_others))[:, None] for of_others in sums]
+        of_keys, _ = _stacked(weights[0], weights[1], axis_name)  # (2N_global, 1)
+        pull = weights[0] * sums[0][:, None] + weights[1] * sums[1][:, None]  # (N, 1)
+        scale = 0.5 / (count * temperature)
+        return [
+            scale * (row_products(e * (weight + of_keys.T), keys.T) - pull * other)
+            for e, weight, other in zip(negatives, weights, (v, u), strict=True)
+        ]
+
+    return value, gradients
+
+
+def _stacked(u, v, axis_name):
+    """Both views' rows of the global batch, (2N_global, D), and N_global."""
+    both = gather(jnp.concatenate([u, v], axis=1), axis_name)  # (N_global, 2D)
+    return jnp.concatenate(jnp.split(both, 2, axis=1)), both.shape[0]
 
 
 def _own_columns(x, columns, axis_name):
@@ -151,15 +223,19 @@ def _entry(cosines, where):
     return jnp.sum(jnp.where(where, cosines, 0.0), axis=1)
 
 
-def _negative_log_share(positive, cosines, temperature, excluded=False):
+def _negative_log_share(positive, cosines, temperature, excluded=False, added=None):
     """-log(exp(positive / T) / sum_m exp(cosines_m / T)): (N,), (N, M) -> (N,).
 
-    The sum is without the `excluded`.
+    The sum is without the `excluded`, and with one more, `added`, of (N,).
     """
     # Shifted by the largest, the sum is at least 1 at any temperature.
     others = jnp.where(excluded, -jnp.inf, lax.stop_gradient(cosines))
     largest = jnp.max(others, axis=1)
+    if added is not None:
+        largest = jnp.maximum(largest, lax.stop_gradient(added))
     # Zero, because minus infinity would make the temperature's gradient NaN.
     shifted = jnp.where(excluded, 0.0, cosines - largest[:, None]) / temperature
-    shares = jnp.where(excluded, 0.0, jnp.exp(shifted))
-    return (largest - positive) / temperature + jnp.log(jnp.sum(shares, axis=1))
+    shares = jnp.sum(jnp.where(excluded, 0.0, jnp.exp(shifted)), axis=1)
+    if added is not None:
+        shares = shares + jnp.exp((added - largest) / temperature)
+    return (largest - positive) / temperature + jnp.log(shares)

@@ -1,7 +1,7 @@
 """Losses that prevent collapse by statistics of the batch: VICReg and Barlow Twins.
 
 All of them need sums of squares of the entries of a D x D matrix H'H. Where the batch
-is smaller than the embedding (N < D) that matrix is never formed: its sum of squares
+is well below the embedding (N < D) that matrix is never formed: its sum of squares
 is that of the N x N matrix HH', so the cost is that of min(N, D). Over several shards
 `cheapest_form` says what they send each other for it.
 """
@@ -24,6 +24,7 @@ from jemjax.losses.collectives import (
     features_for_rows,
     gather,
     psum,
+    row_gram,
     row_products,
     rows_for_features,
 )
@@ -98,9 +99,10 @@ def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array
 
     1/D sum_{i != j} C_ij^2,  C = H'H / (N - 1) of the centered H
 
-    For N < D it is computed as 1/D (||HH'||^2 - sum_i (H'H)_ii^2) / (N - 1)^2, without
-    C. That difference loses precision where a few dimensions are orders of magnitude
-    larger than the rest, or where N is just below D and all dimensions are alike.
+    For N < 3/4 D it is computed as 1/D (||HH'||^2 - sum_i (H'H)_ii^2) / (N - 1)^2,
+    without C (over an axis, for N < D). That difference loses precision where a few
+    dimensions are orders of magnitude larger than the rest; where it would because N is
+    near D, C is formed instead.
 
     Args:
         h: (N, D) embeddings, float16, bfloat16, float32 or float64.
@@ -116,9 +118,9 @@ def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array
         Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), equations 3 and 4.
     """
     (h,) = check_embeddings(axis_name, h=h)
-    h = numerics.center(h, axis_name)
-    squares = batch_sum(jnp.square(h), axis_name)
-    return _covariance(h, squares, batch_size(h, axis_name) - 1, axis_name)
+    count = batch_size(h, axis_name)
+    _, penalty = _moments(h, count - 1, True, axis_name)
+    return penalty
 
 
 def vicreg_terms(
@@ -158,10 +160,9 @@ def vicreg_terms(
     count = batch_size(x, axis_name)
     variance, covariance = [], []
     for h in (x, y):
-        h = numerics.center(h, axis_name)
-        squares = batch_sum(jnp.square(h), axis_name)  # (D,)
+        squares, penalty = _moments(h, count - 1, True, axis_name)
         variance.append(_std_hinge(squares, count, gamma, eps))
-        covariance.append(_covariance(h, squares, count - 1, axis_name))
+        covariance.append(penalty)
     return VICRegTerms(
         invariance=_mean_square(x - y, count * x.shape[1], axis_name),
         variance=0.5 * (variance[0] + variance[1]),
@@ -261,11 +262,8 @@ def lecture_energy(
     count = batch_size(x, axis_name)
     energy = _mean_square(x - y, count, axis_name)
     for h in (x, y):
-        if center:
-            h = numerics.center(h, axis_name)
-        squares = batch_sum(jnp.square(h), axis_name)  # (D,)
-        energy = energy + _hinge(squares / count, gamma)
-        energy = energy + _covariance(h, squares, count, axis_name)
+        squares, penalty = _moments(h, count, center, axis_name)
+        energy = energy + _hinge(squares / count, gamma) + penalty
     return energy
 
 
@@ -277,7 +275,8 @@ def barlow_twins_terms(
     c = x^' y^ / N,  h^ = (h - mean) / sqrt(Var + eps) with the biased variance
     on_diagonal = sum_i (c_ii - 1)^2,  off_diagonal = sum_{i != j} c_ij^2
 
-    For N < D the off-diagonal sum is <x^ x^', y^ y^'> / N^2 - sum_i c_ii^2, without c.
+    For N < 3/4 D (over an axis, N < D) the off-diagonal sum is
+    <x^ x^', y^ y^'> / N^2 - sum_i c_ii^2, without c.
 
     Args:
         x: (N, D) embeddings of the first views.
@@ -297,12 +296,16 @@ def barlow_twins_terms(
     """
     x, y = check_embeddings(axis_name, x=x, y=y)
     eps = check_number("eps", eps, exclusive=True, dtype=x.dtype)
-    # Divided by sqrt(N) before the products, of which no entry is then above D.
-    scale = (1.0 / batch_size(x, axis_name)) ** 0.5
-    x = scale * numerics.standardize(x, eps, axis_name)
-    y = scale * numerics.standardize(y, eps, axis_name)
-    diagonal = batch_sum(x * y, axis_name)  # (D,)
-    off_diagonal = _off_diagonal((x, y), diagonal, axis_name)
+    count = batch_size(x, axis_name)
+    x = numerics.standardize(x, eps, axis_name)
+    y = numerics.standardize(y, eps, axis_name)
+    # Divided last: a factor on x and y would shift all of c, where c_ii - 1 shows it.
+    diagonal = batch_sum(x * y, axis_name) / count  # (D,)
+    form = _form(x, axis_name)
+    off_diagonal = _sum_of_squares((x, y), form, axis_name) / float(count) ** 2
+    if form != "sum":
+        off_diagonal = off_diagonal - jnp.sum(jnp.square(diagonal))
+        off_diagonal = numerics.nonnegative(off_diagonal)
     return BarlowTwinsTerms(jnp.sum(jnp.square(diagonal - 1.0)), off_diagonal)
 
 
@@ -381,13 +384,15 @@ def cheapest_form(count: int, features: int, shards: int) -> Form:
 
     all_to_all where N < D / 2 - ceil(D / shards),
     gather     from there while N < D,
-    sum        where N >= D.
+    sum        where N >= D, and on one device from N = 3/4 D on.
 
     All three divide the products among the shards, and of those that take the fewest,
     N D min(N, D), it is the one that sends least. Between N = D and 2 D a gather would
     send less than the sum of one H'H, at most half. It is not chosen there because it
     takes N / D times the products, and because the diagonal of H'H, which for N >= D
-    can be nearly all of HH', would have to be subtracted from it.
+    can be nearly all of HH', would have to be subtracted from it. On one device, where
+    nothing is sent, that is avoided from 3/4 D on, where it costs up to 4 times the
+    precision, at no more than 4/3 of the products (for Barlow Twins, at no more).
 
     Args:
         count: N, the number of rows of the global batch.
@@ -397,7 +402,7 @@ def cheapest_form(count: int, features: int, shards: int) -> Form:
     Returns:
         The form, as in `numbers_sent`.
     """
-    if count >= features:
+    if count >= features or (shards == 1 and 4 * count >= 3 * features):
         return "sum"
     sent = numbers_sent(count, features, shards)
     return "all_to_all" if sent["all_to_all"] < sent["gather"] else "gather"
@@ -417,64 +422,97 @@ def _std_hinge(squares, count, gamma, eps):
     return _hinge(numerics.std(squares / (count - 1), eps), gamma)
 
 
-def _covariance(h, squares, normalizer, axis_name):
-    """1/D sum_{i != j} C_ij^2, C = H'H / normalizer.
+# The rules of derivatives are what lets a gradient be computed from what was sent for
+# the value: the products are symmetric in the rows of the batch, so a shard's part of
+# the gradient is that of its own rows. A transposed collective would send as much
+# again. Since a rule is itself made of products, not constants, it holds to any order.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _moments(h, normalizer, centered, axis_name):
+    """What the losses need of C = h'h / normalizer: its diagonal and the rest.
 
-    `squares` is the diagonal of H'H, (D,).
+    The squares of the columns, (D,), and 1/D sum_{i != j} C_ij^2. With `centered`, the
+    mean over the batch is subtracted from `h` first.
     """
+    squares, penalty, _, _ = _moments_and_gradient(h, normalizer, centered, axis_name)
+    return squares, penalty
+
+
+@_moments.defjvp
+def _moments_jvp(normalizer, centered, axis_name, primals, tangents):
+    (h,), (change,) = primals, tangents
+    squares, penalty, rows, gradient = _moments_and_gradient(
+        h, normalizer, centered, axis_name
+    )
+    # Centered rows, and so this gradient, sum to zero over the batch: they are the
+    # derivatives for what was centered and for what was not.
+    of_squares = batch_sum(2.0 * rows * change, axis_name)
+    of_penalty = psum(jnp.sum(gradient() * change), axis_name)
+    return (squares, penalty), (of_squares, of_penalty)
+
+
+def _moments_and_gradient(h, normalizer, centered, axis_name):
+    """The value of `_moments`, the rows it is of, and a function for its gradient."""
     features = h.shape[1]
+    rows = numerics.center(h, axis_name) if centered else h
+    # Made once: XLA would make parts of it again for each use, and keep them all.
+    rows = lax.optimization_barrier(rows)
+    squares = batch_sum(jnp.square(rows), axis_name)  # (D,)
     # In units of the columns' mean length no product is above D, and their squares can
     # neither overflow nor all underflow. The result does not depend on the unit.
     unit = jnp.sqrt(lax.stop_gradient(jnp.sum(squares * (1.0 / features))))
     unit = jnp.where(unit == 0, jnp.ones_like(unit), unit)
-    scaled = squares / unit / unit
-    sum_of_squares = _off_diagonal((h / unit,), scaled, axis_name)
+    form = _form(h, axis_name)
+    total, gradients = _products((rows,), unit, form, axis_name)
+    diagonal = squares / unit / unit
+    if form != "sum":
+        total = numerics.nonnegative(total - jnp.sum(jnp.square(diagonal)))
     # Multiplied in steps: the product is infinite only where the value is. 0 * inf
     # cannot arise, since `unit` is finite but where the squares overflowed.
-    scale = unit * (unit * (1.0 / (float(normalizer) * features**0.5)))
-    return jnp.where(jnp.isposinf(unit), jnp.inf, sum_of_squares * scale * scale)
+    scale = unit * (1.0 / (float(normalizer) * features**0.5))
+    penalty = total * (scale * unit) * (scale * unit)
+    penalty = jnp.where(jnp.isposinf(unit), jnp.inf, penalty)
+
+    def gradient():
+        (of_products,) = gradients()
+        if form != "sum":
+            of_products = of_products - rows * (4.0 * diagonal)
+        return scale * scale * of_products
+
+    return squares, penalty, rows, gradient
 
 
-def _off_diagonal(views, diagonal, axis_name):
-    """sum_{i != j} C_ij^2 of C = x'y over the global batch.
-
-    `views` are x and y, or x alone for C = x'x; `diagonal` is that of C, (D,).
-    """
-    x = views[0]
-    form = cheapest_form(batch_size(x, axis_name), x.shape[1], axis_size(axis_name))
-    total = _sum_of_squares(views, form, axis_name)
-    if form == "sum":
-        return total
-    return numerics.nonnegative(total - jnp.sum(jnp.square(diagonal)))
+def _form(x, axis_name):
+    return cheapest_form(batch_size(x, axis_name), x.shape[1], axis_size(axis_name))
 
 
-# The rule of derivatives is what lets a gradient be computed from what was sent for the
-# value: the products are symmetric in the rows of the batch, so a shard's part of the
-# gradient is that of its own rows. A transposed collective would send as much again.
-# With a derivative of the products, not a constant, it holds to any order.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _sum_of_squares(views, form, axis_name):
     """sum_ij C_ij^2 of C = x'y over the global batch; by "sum" without i = j."""
-    value, _ = _products(views, form, axis_name)
+    value, _ = _products(views, 1.0, form, axis_name)
     return value
 
 
 @_sum_of_squares.defjvp
 def _sum_of_squares_jvp(form, axis_name, primals, tangents):
     (views,), (changes,) = primals, tangents
-    value, gradients = _products(views, form, axis_name)
+    value, gradients = _products(views, 1.0, form, axis_name)
     change = jnp.zeros_like(value)
     for gradient, of_view in zip(gradients(), changes, strict=True):
         change = change + jnp.sum(gradient * of_view)
     return value, psum(change, axis_name)
 
 
-def _products(views, form, axis_name):
-    """The value of `_sum_of_squares`, and a function for its gradients: (N, D) each."""
+def _products(views, unit, form, axis_name):
+    """sum_ij C_ij^2 of C = x'y / unit^2, and a function for its gradients.
+
+    `views` are x and y, or x alone for C = x'x. The gradients, (N, D) each, are those
+    times unit^2. By "sum" they and the value are without i = j.
+    """
     x, y = views[0], views[-1]
     factor = 4.0 / len(views)
     if form == "sum":
-        products = _without_diagonal(feature_gram(x, y, axis_name))  # (D, D)
+        products = feature_gram(x, y, axis_name)  # (D, D)
+        products = _without_diagonal(products / unit / unit)
 
         def of_features():
             both = (row_products(y, products), row_products(x, products.T))
@@ -486,17 +524,20 @@ def _products(views, form, axis_name):
     if form == "gather":
         whole = [gather(view, axis_name) for view in views]  # (N_global, D)
         products = [
-            row_products(view, rows) for view, rows in zip(views, whole, strict=True)
+            row_gram(rows) if axis_name is None else row_products(view, rows)
+            for view, rows in zip(views, whole, strict=True)
         ]  # (N, N_global)
-        value = psum(jnp.sum(products[0] * products[-1]), axis_name)
     else:
         whole = [rows_for_features(view, axis_name) for view in views]
-        products = [psum(row_products(part, part), axis_name) for part in whole]
-        value = jnp.sum(products[0] * products[-1])
+        products = [psum(row_gram(part), axis_name) for part in whole]
+    products = [product / unit / unit for product in products]
+    value = jnp.sum(products[0] * products[-1])
+    if form == "gather":
+        value = psum(value, axis_name)
 
     def of_examples():
         gradients = [
-            factor * row_products(other, rows.T)
+            row_products(factor * other, rows.T)
             for other, rows in zip(products[::-1], whole, strict=True)
         ]
         if form == "gather":

@@ -9,14 +9,20 @@ sum_g CE(q_g, z) = G lse(z) - <sum_g q_g, z>, so the number of local views does 
 multiply the number of teacher views.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jemjax.losses.checks import check_arrays, check_flag, check_number
-from jemjax.losses.collectives import AxisName, batch_mean
+from jemjax.losses.collectives import AxisName, axis_size, batch_mean, psum
 
 Scalar = float | jax.Array
+
+# Numbers of the logits whose gradient is computed at once: 8 MiB in float32.
+_BLOCK = 2**21
 
 
 def cross_entropy(
@@ -68,7 +74,7 @@ def cross_entropy(
     if check_flag("stop_gradient", stop_gradient):
         teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
     targets = _softmax(teacher, teacher_temperature)
-    return batch_mean(_entropy(student, targets, 1, student_temperature), axis_name)
+    return batch_mean(_entropy(student, targets, student_temperature), axis_name)
 
 
 def dino(
@@ -133,25 +139,105 @@ def dino(
         teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
     teacher = teacher - lax.stop_gradient(center)
     targets = _softmax(teacher, teacher_temperature)  # (G, N, K)
-    # Of each view the other views' targets: added, not subtracted from those of all the
-    # views, since logits can be large enough to show the rounding of a difference.
-    others = jnp.zeros_like(targets)
-    for shift in range(1, teacher_views):
-        others = others + jnp.roll(targets, shift, axis=0)
-    pairs = teacher_views * (views - 1)
-    entropy = jnp.sum(
-        _entropy(
-            student[:teacher_views], others, teacher_views - 1, student_temperature
-        ),
-        axis=0,
-    )  # (N,)
-    if views > teacher_views:
-        every = others[0] + targets[0]  # (N, K)
-        local = _entropy(
-            student[teacher_views:], every, teacher_views, student_temperature
+    logits = jnp.asarray(student_logits)  # read as given: bfloat16 is not copied
+    return cross_entropy_of_views(logits, targets, student_temperature, axis_name)
+
+
+def cross_entropy_of_views(
+    logits: jax.Array, targets: jax.Array, temperature: Scalar, axis_name: AxisName
+) -> jax.Array:
+    """How badly each view predicts the targets of the other views, DINO's and SwAV's.
+
+    1/A sum_i 1/(V - 1) sum_{v != i} mean_n [-sum_k q_ink log softmax_k(z_vn / T)]
+
+    Args:
+        logits: (V, N, K) of all the views z, V >= 2.
+        targets: (A, N, K) distributions q for the first A <= V views, float32 or 64.
+        temperature: T > 0, checked.
+        axis_name: the axis over which the batch is sharded.
+
+    Returns:
+        A scalar of the targets' dtype, with gradients for all that have one.
+    """
+    views, rows, _ = logits.shape
+    scale = 1.0 / (targets.shape[0] * (views - 1) * rows * axis_size(axis_name))
+    temperature = jnp.asarray(temperature, targets.dtype)
+    # Rows that the partitioner may have sharded, out of sight, are not cut into blocks.
+    local = axis_name is not None or jax.device_count() == 1
+    together = _rows_together(logits.shape) if local else rows
+    total = _sum_over_views(logits, targets, temperature, scale, together)
+    return psum(total, axis_name)
+
+
+def _rows_together(shape):
+    """The number of rows of a block: a divisor of all, of at most `_BLOCK` numbers."""
+    views, rows, outputs = shape
+    fitting = max(1, _BLOCK // (views * outputs))
+    return max(n for n in range(1, min(rows, fitting) + 1) if rows % n == 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _sum_over_views(logits, targets, temperature, scale, together):
+    """`scale` times the cross-entropies of all the pairs of views and all the rows."""
+    del together
+    total, _ = _sum_and_gradient(logits, targets, temperature)
+    return scale * total
+
+
+@functools.partial(_sum_over_views.defjvp, symbolic_zeros=True)
+def _sum_over_views_jvp(scale, together, primals, tangents):
+    """For the logits alone, the gradient is made block by block of rows in their place.
+
+    A block stays in a CPU's cache, and no softmax of all the views is kept.
+    """
+    logits, targets, temperature = primals
+    constant = [isinstance(tangent, SymbolicZero) for tangent in tangents]
+    if not all(constant[1:]) or together == logits.shape[1]:
+        tangents = [
+            jnp.zeros(tangent.shape, tangent.dtype) if zero else tangent
+            for tangent, zero in zip(tangents, constant, strict=True)
+        ]
+        plain = functools.partial(_sum_over_views.fun, scale=scale, together=together)
+        return jax.jvp(plain, tuple(primals), tuple(tangents))
+
+    def replace(array, first):
+        own, target = (
+            lax.dynamic_slice_in_dim(of, first, together, axis=1)
+            for of in (array, targets)
         )
-        entropy = entropy + jnp.sum(local, axis=0)
-    return batch_mean(entropy / pairs, axis_name)
+        total, gradients = _sum_and_gradient(own, target, temperature)
+        gradient = (scale * jnp.concatenate(gradients)).astype(array.dtype)
+        array = lax.dynamic_update_slice_in_dim(array, gradient, first, axis=1)
+        return array, scale * total
+
+    starts = jnp.arange(0, logits.shape[1], together, dtype=jnp.int32)
+    gradient, totals = lax.scan(replace, logits, starts)
+    change = gradient.astype(targets.dtype) * tangents[0].astype(targets.dtype)
+    return jnp.sum(totals), jnp.sum(change)
+
+
+def _sum_and_gradient(logits, targets, temperature):
+    """The cross-entropies of all pairs, and their gradient in parts to concatenate."""
+    logits, assigned = logits.astype(targets.dtype), targets.shape[0]
+    others, every = _targets_of_others(targets)
+    value, gradient = _entropy_and_gradient(logits[:assigned], others, temperature)
+    total, gradients = jnp.sum(value), [gradient]
+    if logits.shape[0] > assigned:
+        local = _entropy_and_gradient(logits[assigned:], every, temperature)
+        total, gradients = total + jnp.sum(local[0]), [gradient, local[1]]
+    return total, gradients
+
+
+def _targets_of_others(targets):
+    """What each of the A views has to predict, (A, N, K), and what all others, (N, K).
+
+    The targets of the other views are added up, not subtracted from those of all the
+    views: logits can be large enough to show the rounding of a difference.
+    """
+    others = jnp.zeros_like(targets)
+    for shift in range(1, targets.shape[0]):
+        others = others + jnp.roll(targets, shift, axis=0)
+    return others, others[0] + targets[0]
 
 
 def update_center(
@@ -203,14 +289,22 @@ def _softmax(logits, temperature):
     return exponentials / jnp.sum(exponentials, axis=-1, keepdims=True)
 
 
-def _entropy(logits, targets, total, temperature):
-    """-<targets, log softmax(logits / temperature)>: (..., N, K) -> (..., N).
+def _entropy(logits, targets, temperature):
+    """-<targets, log softmax(logits / temperature)>: (..., N, K) -> (..., N)."""
+    value, _ = _entropy_and_gradient(logits, targets, temperature)
+    return value
 
-    `targets` are nonnegative, of the sum `total` along the last axis. That sum is what
-    lets the logits be shifted by their largest, which bounds both parts below.
-    """
+
+def _entropy_and_gradient(logits, targets, temperature):
+    """`_entropy`, and its gradient for the logits, for targets >= 0."""
+    # Shifted by the largest, both parts of the value are bounded below.
+    total = jnp.sum(targets, axis=-1, keepdims=True)
     largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     shifted = logits - largest
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted / temperature), axis=-1))
+    exponentials = jnp.exp(shifted / temperature)
+    normalizer = jnp.sum(exponentials, axis=-1, keepdims=True)
     # Divided last: a quotient may overflow, and with a target of 0 become NaN.
-    return total * log_sum - jnp.sum(targets * shifted, axis=-1) / temperature
+    value = (total * jnp.log(normalizer))[..., 0]
+    value = value - jnp.sum(targets * shifted, axis=-1) / temperature
+    gradient = (total / normalizer * exponentials - targets) / temperature
+    return value, gradient

@@ -23,11 +23,12 @@ def center(x: jax.Array, axis_name: AxisName) -> jax.Array:
     Returns:
         (N, ...) centered rows; infinite, never NaN, where a difference overflows.
     """
-    # In quarters, differences of any two finite numbers, and their mean, are finite.
-    quarter = 0.25 * x
-    shift = pmax(jnp.max(quarter, axis=0), axis_name)  # (...)
-    shifted = quarter - shift
-    return 4.0 * (shifted - batch_mean(shifted, axis_name))
+    shifted = x - pmax(jnp.max(x, axis=0), axis_name)
+    mean = batch_mean(shifted, axis_name)  # (...)
+    # Where finite numbers differ by more than the dtype's range, a difference is minus
+    # infinity, and so is the mean: without it, there is no NaN.
+    overflown = jnp.isneginf(mean) & ~jnp.isneginf(jnp.min(x, axis=0))
+    return shifted - jnp.where(overflown, 0.0, mean)
 
 
 def std(variance: jax.Array, eps: jax.Array | float) -> jax.Array:

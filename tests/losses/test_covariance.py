@@ -103,3 +103,61 @@ def test_exchanged_features_where_contexts_differ_most(context):
     assert cheapest_form(*shape, 8) == "all_to_all"
     x, y = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
     assert_device_invariant(losses.vicreg, x, y, contexts=context, devices=8)
+
+
+def _plain_vicreg(x, y):
+    value = 25 * jnp.mean((x - y) ** 2)
+    for h in (x, y):
+        h = h - jnp.mean(h, axis=0)
+        c = h.T @ h / (h.shape[0] - 1)
+        std = jnp.sqrt(jnp.diagonal(c) + 1e-4)
+        value = value + 12.5 * jnp.mean(jax.nn.relu(1 - std))
+        value = value + jnp.sum(_off_diagonal(c) ** 2) / h.shape[1]
+    return value
+
+
+def _plain_barlow_twins(x, y):
+    x, y = (
+        (h - jnp.mean(h, axis=0)) / jnp.sqrt(jnp.var(h, axis=0) + 1e-5) for h in (x, y)
+    )
+    c = x.T @ y / x.shape[0]
+    on_diagonal = jnp.sum((jnp.diagonal(c) - 1) ** 2)
+    return on_diagonal + 0.0051 * jnp.sum(_off_diagonal(c) ** 2)
+
+
+def _off_diagonal(c):
+    return c * (1 - jnp.eye(c.shape[0], dtype=c.dtype))
+
+
+def _embeddings(kind, rows, features):
+    normal = np.random.default_rng(0).standard_normal
+    x, change = normal((rows, features)), 0.3 * normal((rows, features))
+    if kind == "correlated":
+        x = normal((rows, features // 8)) @ normal((features // 8, features)) + 0.1 * x
+    elif kind == "off-center":
+        x = x + 100 * normal(features)
+    elif kind == "nearly collapsed":
+        x, change = 3 + 1e-3 * x, 1e-3 * change
+    return np.stack([x, x + change]).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (176, 192), (256, 64)], ids=str)
+@pytest.mark.parametrize("name", ["vicreg", "barlow_twins"])
+def test_as_exact_as_the_plain_form(name, shape):
+    loss = jit(jax.value_and_grad(getattr(losses, name), (0, 1)))
+    formula = {"vicreg": _plain_vicreg, "barlow_twins": _plain_barlow_twins}[name]
+    plain = jit(jax.value_and_grad(formula, (0, 1)))
+    for kind in ("well-spread", "correlated", "off-center", "nearly collapsed"):
+        x, y = _embeddings(kind, *shape)
+        with jax.enable_x64(True):
+            exact = jax.device_get(plain(x.astype(np.float64), y.astype(np.float64)))
+        got, allowed = (
+            [
+                np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b)
+                for a, b in zip(jax.device_get(run(x, y)), exact, strict=True)
+            ]
+            for run in (loss, plain)
+        )
+        # A value may be exact by chance: not less than the rounding of one operation.
+        for error, of_plain in zip(got, allowed, strict=True):
+            assert error <= 3 * max(of_plain, 6e-8), kind

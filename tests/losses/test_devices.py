@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from losses.table import NATURAL, TABLE
 
 from jemjax import losses
+from jemjax.losses import distillation
 from jemjax.testing import CONTEXTS, assert_device_invariant
 
 # Below and above D, and a D that no number of devices divides.
@@ -58,6 +59,13 @@ def test_the_others_on_eight_devices(name):
 @pytest.mark.parametrize("name", NATURAL)
 def test_arrays_of_other_axes_on_eight_devices(name):
     contexts = ("shard_map of grad", "global view, Explicit", "vmap")
+    _check_natural(name, contexts=contexts, devices=8)
+
+
+@pytest.mark.parametrize("name", ["dino", "swav"])
+def test_gradients_made_block_by_block(monkeypatch, name):
+    monkeypatch.setattr(distillation, "_BLOCK", 1)  # a row: a device has two here
+    contexts = ("shard_map of grad", "grad of shard_map, Explicit", "vmap")
     _check_natural(name, contexts=contexts, devices=8)
 
 
