@@ -15,11 +15,17 @@ from typing import Annotated
 
 import harness
 import losses
+import step
 import tyro
 import views
 import views_share
 
-WORKLOADS = (*losses.WORKLOADS, *views.WORKLOADS, *views_share.WORKLOADS)
+WORKLOADS = (
+    *losses.WORKLOADS,
+    *step.WORKLOADS,
+    *views.WORKLOADS,
+    *views_share.WORKLOADS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
