@@ -10,6 +10,18 @@ class UserError(Exception):
     exit_code = 2
 
 
+class DataError(UserError):
+    """Data that cannot be used: what, where, what was found, and the fix."""
+
+    exit_code = 3
+
+
+class DivergenceError(UserError):
+    """A run whose numbers are no longer finite."""
+
+    exit_code = 4
+
+
 class CheckpointError(UserError):
     """A saved state that cannot be used."""
 

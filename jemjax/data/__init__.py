@@ -4,7 +4,6 @@ from jemjax.data.crops import Crop
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
-    DataError,
     EncodedSource,
     FolderSource,
     Source,
@@ -14,6 +13,7 @@ from jemjax.data.sources import (
     open_data,
     spread,
 )
+from jemjax.errors import DataError
 
 __all__ = [
     "ArraySource",

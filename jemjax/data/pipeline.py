@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jemjax.data.crops import Crop, gather_crops
-from jemjax.data.sources import ArraySource, DataError, EncodedSource, Source
+from jemjax.data.sources import ArraySource, EncodedSource, Source
+from jemjax.errors import DataError
 
 
 def batches(

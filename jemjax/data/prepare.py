@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image
 
 from jemjax.data.sources import (
-    DataError,
     FolderSource,
     Progress,
     import_tfds,
@@ -31,6 +30,7 @@ from jemjax.data.sources import (
     read_image,
     show_path,
 )
+from jemjax.errors import DataError
 
 logger = logging.getLogger("jemjax.data")
 

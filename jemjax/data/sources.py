@@ -15,14 +15,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from jemjax.errors import UserError
+from jemjax.errors import DataError
 
 Split = Literal["train", "test"]
 Progress = Callable[[int, int], None]
@@ -58,12 +58,6 @@ _SIGNATURES = {
 logger = logging.getLogger("jemjax.data")
 
 
-class DataError(UserError):
-    """Data that cannot be used: what, where, what was found, and the fix."""
-
-    exit_code = 3
-
-
 class Source(abc.ABC):
     """Images of one shape, each with a label or -1.
 
@@ -97,6 +91,15 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples as a batch: "image" (b, H, W, C) uint8 and "label" (b,) int32."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A SHA-256 by which a resumed run sees that the data are other ones.
+
+        Of image files their names below the folder, their labels and sizes in bytes,
+        which a copy on another machine shares; of a prepared set the same of its
+        files; of arrays their content.
+        """
 
 
 class Encoded(NamedTuple):
@@ -190,6 +193,7 @@ class ArraySource(Source):
         labels: (N,) integers, or None for images without labels.
         name: how messages call it.
         class_names: the name of each label; unless given, the labels' numbers.
+        fingerprint: of what was decoded; unless given, that of the arrays.
     """
 
     def __init__(
@@ -199,6 +203,7 @@ class ArraySource(Source):
         *,
         name: str = "arrays",
         class_names: Sequence[str] | None = None,
+        fingerprint: str | None = None,
     ):
         if images.ndim != 4 or images.dtype != np.uint8:
             raise ValueError(
@@ -219,6 +224,7 @@ class ArraySource(Source):
         self.name = name
         self.class_names = tuple(class_names)
         self.image_shape = images.shape[1:]
+        self._fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.images)
@@ -229,6 +235,13 @@ class ArraySource(Source):
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A batch by one NumPy index, which is much faster than by single examples."""
         return {"image": self.images[indices], "label": self.labels[indices]}
+
+    def fingerprint(self) -> str:
+        """Of the content."""
+        if self._fingerprint is None:
+            shape = str(self.images.shape)
+            self._fingerprint = _digest(self, [shape, self.images, self.labels])
+        return self._fingerprint
 
 
 def load_arrays(
@@ -286,7 +299,18 @@ def in_memory(
         *load_arrays(source, progress=progress),
         name=source.name,
         class_names=source.class_names,
+        fingerprint=source.fingerprint(),
     )
+
+
+def _digest(source: Source, parts: Iterable[str | np.ndarray]) -> str:
+    """Of the classes, and of paths and arrays, each told from the next."""
+    digest = hashlib.sha256(repr(source.class_names).encode())
+    for part in parts:
+        content = os.fsencode(part) if isinstance(part, str) else part.tobytes()
+        digest.update(len(content).to_bytes(8))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def spread(length: int, limit: int | None) -> np.ndarray:
@@ -381,6 +405,11 @@ class FolderSource(EncodedSource):
             path = self.path(index)
             examples.append(Encoded(path, show_path(path), int(self.labels[index])))
         return examples
+
+    def fingerprint(self) -> str:
+        """Of the names, labels and sizes of the files."""
+        sizes = _file_sizes(map(self.path, range(len(self))))
+        return _digest(self, [*self.files, self.labels, sizes])
 
 
 def _open_folder(
@@ -571,6 +600,7 @@ class TFDSSource(EncodedSource):
         class_names: the name of each label.
         image_shape: (H, W, C) to which every image is brought.
         sizes_differ: whether the images themselves are of several sizes.
+        files: of the split.
     """
 
     def __init__(
@@ -582,8 +612,10 @@ class TFDSSource(EncodedSource):
         class_names: Sequence[str],
         image_shape: tuple[int, int, int],
         sizes_differ: bool,
+        files: Sequence[str],
     ):
         self.records = records
+        self.files = files
         self.keys = keys
         self.name = name
         self.class_names = tuple(class_names)
@@ -607,6 +639,11 @@ class TFDSSource(EncodedSource):
                 places, self.records.__getitems__(places), strict=True
             )
         ]
+
+    def fingerprint(self) -> str:
+        """Of the number of examples, and of the names and sizes of the files."""
+        names = [os.path.basename(path) for path in self.files]
+        return _digest(self, [str(len(self)), *names, _file_sizes(self.files)])
 
 
 def _open_tfds(
@@ -633,8 +670,9 @@ def _open_tfds(
         raise DataError(
             f"{name}: no {' or '.join(wanted)} split, only {', '.join(available)}"
         )
+    part = found[0]
     try:
-        examples = records(found[0])
+        examples = records(part)
     except (NotImplementedError, ValueError) as error:
         raise DataError(
             f"{name}: {builder.data_path} is of the format"
@@ -642,9 +680,10 @@ def _open_tfds(
             f" again, {_how_to_prepare(rest)}"
         ) from error
     if len(found) == 2 and keys[1] and len(examples) and examples[0][keys[1]] < 0:
-        examples = records("validation")  # a test split whose labels are withheld
+        part = "validation"  # the test split's labels are withheld
+        examples = records(part)
     if not len(examples):
-        raise DataError(f"{name}: its split {found[0]} is empty")
+        raise DataError(f"{name}: its split {part} is empty")
     feature = builder.info.features[keys[0]]
     height, width, channels = feature.shape
     if height is None or width is None:
@@ -662,6 +701,7 @@ def _open_tfds(
         class_names=builder.info.features[keys[1]].names if keys[1] else (),
         image_shape=(*_choose_size(sizes, image_size), 1 if channels == 1 else 3),
         sizes_differ=image_size is None and len(sizes) > 1,
+        files=[os.fspath(path) for path in builder.info.splits[part].filepaths],
     )
 
 
@@ -742,6 +782,18 @@ def _feature_keys(name: str, info) -> tuple[str, str | None]:
 
 
 # ------------------------------------------------------------------ images
+
+
+def _file_sizes(paths: Iterable[str]) -> np.ndarray:
+    """In bytes; -1 for a file of which no size is to be had."""
+
+    def size(path: str) -> int:
+        try:
+            return os.stat(path).st_size
+        except OSError:  # what is wrong with it is told when it is read
+            return -1
+
+    return np.array([size(path) for path in paths], np.int64)
 
 
 def show_path(path: str) -> str:

@@ -459,3 +459,17 @@ def test_a_set_without_a_test_part_says_so(tmp_path):
     make_set(tmp_path, {"train": 0})
     with pytest.raises(DataError, match="no test or validation split, only train"):
         open_data("tfds:made", split="test", data_dir=tmp_path)
+
+
+def test_d14_prepared_sets_have_fingerprints(tmp_path):
+    write_folder(tmp_path / "raw")
+    for out in ("one", "two"):
+        prepare("folder", tmp_path / "raw", name="ants", out=tmp_path / out)
+    one, two = (open_data("tfds:ants", data_dir=tmp_path / n) for n in ("one", "two"))
+    assert one.fingerprint() == two.fingerprint()
+    test = open_data("tfds:ants", split="test", data_dir=tmp_path / "one")
+    assert test.fingerprint() != one.fingerprint()
+    Image.new("RGB", (8, 6)).save(tmp_path / "raw" / "train" / "ant" / "new.png")
+    prepare("folder", tmp_path / "raw", name="ants", out=tmp_path / "three")
+    three = open_data("tfds:ants", data_dir=tmp_path / "three")
+    assert three.fingerprint() != one.fingerprint()

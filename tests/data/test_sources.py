@@ -1,6 +1,7 @@
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -455,3 +456,48 @@ def test_a_reduced_jpeg_decode_looks_like_the_full_one(tmp_path):
     jpeg, png = open_data(f"folder:{tmp_path}", image_size=32)
     difference = np.abs(jpeg["image"].astype(int) - png["image"])
     assert difference.mean() < 1.5 and difference.max() < 8
+
+
+# ------------------------------------------------------------------ fingerprints
+
+
+def test_d14_other_data_have_another_fingerprint(tmp_path):
+    def fingerprint(split="train"):
+        return open_data(f"folder:{tmp_path / 'set'}", split=split).fingerprint()
+
+    for i in range(30):
+        write(tmp_path / "set" / f"c{i % 2}" / f"{i}.png", (i, 0, 0))
+    before = fingerprint()
+    assert before == fingerprint() != fingerprint("test")
+    seen = {before}
+    bmp = write(tmp_path / "set" / "c0" / "new.bmp")
+    for change in (
+        lambda: bmp.write_bytes(bmp.read_bytes() + b"0"),
+        lambda: bmp.rename(bmp.with_name("other.bmp")),
+        lambda: bmp.with_name("other.bmp").rename(tmp_path / "set" / "c1" / "new.bmp"),
+        lambda: (tmp_path / "set" / "c1").rename(tmp_path / "set" / "c2"),
+    ):
+        change()
+        seen.add(fingerprint() + fingerprint("test"))
+    assert len(seen) == 5
+
+
+def test_d14_a_copy_of_a_folder_has_its_fingerprint(tmp_path):
+    for i in range(20):
+        write(tmp_path / "set" / "train" / f"{i}.png", (i, 0, 0))
+    write(tmp_path / "set" / "test" / "x.png")
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "train" / "3.png", (0, 0))
+    source, copy = (open_data(f"folder:{tmp_path / n}") for n in ("set", "copy"))
+    assert source.fingerprint() == copy.fingerprint() == in_memory(copy).fingerprint()
+
+
+def test_d14_arrays_have_the_fingerprint_of_their_content():
+    images = np.zeros((3, 2, 2, 1), np.uint8)
+    labels = np.array([0, 1, 1])
+    before = ArraySource(images, labels).fingerprint()
+    assert before == ArraySource(images.copy(), labels).fingerprint()
+    assert before != ArraySource(images, labels[::-1]).fingerprint()
+    assert before != ArraySource(images.reshape(3, 4, 1, 1), labels).fingerprint()
+    images[0, 0, 0] = 1
+    assert before != ArraySource(images, labels).fingerprint()
