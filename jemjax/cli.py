@@ -6,6 +6,7 @@ answers without jax.
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,10 @@ def reporting_errors() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"jemjax: {error}", file=sys.stderr)
+        if getattr(error, "hangs", False):  # Python would wait for the thread
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\njemjax: interrupted; --resume continues a run", file=sys.stderr)

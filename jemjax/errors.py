@@ -11,9 +11,13 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Data that cannot be used: what, where, what was found, and the fix."""
+    """Data that cannot be used: what, where, what was found, and the fix.
+
+    Where `hangs` is true, a thread that reads them will not end by itself.
+    """
 
     exit_code = 3
+    hangs = False
 
 
 class DivergenceError(UserError):

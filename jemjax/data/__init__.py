@@ -1,6 +1,7 @@
 """Images and their labels, loaded by Grain. It imports neither jax nor TensorFlow."""
 
 from jemjax.data.crops import Crop
+from jemjax.data.images import Reading
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
@@ -21,6 +22,7 @@ __all__ = [
     "DataError",
     "EncodedSource",
     "FolderSource",
+    "Reading",
     "Source",
     "TFDSSource",
     "batches",

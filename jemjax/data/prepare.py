@@ -22,14 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jemjax.data.sources import (
-    FolderSource,
-    Progress,
-    import_tfds,
-    open_data,
-    read_image,
-    show_path,
-)
+from jemjax.data.images import printable, read_image
+from jemjax.data.sources import FolderSource, Progress, import_tfds, open_data
 from jemjax.errors import DataError
 
 logger = logging.getLogger("jemjax.data")
@@ -126,7 +120,7 @@ def prepare(
         return folder
     raw = Path(raw).expanduser()
     if not raw.is_dir():
-        raise DataError(f"no folder {show_path(str(raw))} of raw files; check the path")
+        raise DataError(f"no folder {printable(raw)} of raw files; check the path")
     _write(tfds, readers[kind](raw, name), name, version, out, progress)
     return folder
 
@@ -182,7 +176,7 @@ def _write(
             )
     except OSError as error:
         raise DataError(
-            f"{show_path(str(out))}: cannot be written ({error.strerror or error})"
+            f"{printable(out)}: cannot be written ({error.strerror or error})"
         ) from error
 
 
@@ -214,7 +208,7 @@ def _read_idx_set(raw: Path, name: str) -> RawSet:
     shapes = {images.shape[1:] for images, _ in arrays.values()}
     if len(shapes) > 1:
         raise DataError(
-            f"{show_path(str(raw))}: train and test images are of different sizes"
+            f"{printable(raw)}: train and test images are of different sizes"
         )
     highest = max(int(labels.max(initial=0)) for _, labels in arrays.values())
     class_names = IDX_CLASS_NAMES.get(name, tuple(map(str, range(highest + 1))))
@@ -249,17 +243,17 @@ def _find_idx(raw: Path, split: str, what: str) -> Path:
     candidates = plain or found
     if len(candidates) == 1:
         return candidates[0]
-    names = ", ".join(show_path(path.name) for path in candidates) or "none"
+    names = ", ".join(printable(path.name) for path in candidates) or "none"
     example = f"{marks[0]}-{what}-idx{3 if what == 'images' else 1}-ubyte.gz"
     raise DataError(
-        f"{show_path(str(raw))}: expected one file of {split} {what} such as {example},"
+        f"{printable(raw)}: expected one file of {split} {what} such as {example},"
         f" got {names}"
     )
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An idx file: 0, 0, type (8: bytes), dimensions, their sizes, the values."""
-    where = show_path(str(path))
+    where = printable(path)
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -326,7 +320,7 @@ _BINARY_META = {
 def _read_cifar_set(raw: Path, name: str) -> RawSet:
     folder, which, binary = _find_cifar(raw)
     if name in _PYTHON and name != which:
-        raise DataError(f"{show_path(str(folder))}: holds {which}, not {name}")
+        raise DataError(f"{printable(folder)}: holds {which}, not {name}")
     files = _PYTHON[which]
     class_names = _read_cifar_names(folder, which, binary)
     arrays = {}
@@ -340,7 +334,7 @@ def _read_cifar_set(raw: Path, name: str) -> RawSet:
             highest = int(labels[:, column].max(initial=0))
             if highest >= len(known):
                 raise DataError(
-                    f"{show_path(str(folder))}: a {key} of {highest} in {split}, but"
+                    f"{printable(folder)}: a {key} of {highest} in {split}, but"
                     f" only {len(known)} class names; the files are damaged or mixed"
                 )
         arrays[split] = images, labels
@@ -371,7 +365,7 @@ def _find_cifar(raw: Path) -> tuple[Path, str, bool]:
             if (folder / files.test[0]).is_file():
                 return folder, which, False
     raise DataError(
-        f"{show_path(str(raw))}: no CIFAR files, expected test_batch (CIFAR-10) or"
+        f"{printable(raw)}: no CIFAR files, expected test_batch (CIFAR-10) or"
         " test (CIFAR-100), with or without .bin; unpack the archive first"
     )
 
@@ -387,7 +381,7 @@ def _read_cifar_names(
         ]
     else:
         path = folder / _PYTHON[which].meta[0]
-        meta = _unpickle(_read_file(path), show_path(str(path)))
+        meta = _unpickle(_read_file(path), printable(path))
         lists = [meta.get(meta_key, []) for _, meta_key in labels.values()]
     names = [tuple(filter(None, map(_text, names))) for names in lists]
     return dict(zip(labels, names, strict=True))
@@ -401,7 +395,7 @@ def _read_cifar_binary(
     record = len(labels) + 3072
     if not len(values) or len(values) % record:
         raise DataError(
-            f"{show_path(str(path))}: is damaged: {len(values):,} bytes are no multiple"
+            f"{printable(path)}: is damaged: {len(values):,} bytes are no multiple"
             f" of a record's {record:,}; fetch it again"
         )
     records = values.reshape(-1, record)
@@ -411,7 +405,7 @@ def _read_cifar_binary(
 def _read_cifar_python(
     path: Path, labels: dict[str, tuple[str, str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    where = show_path(str(path))
+    where = printable(path)
     batch = _unpickle(_read_file(path), where)
     try:
         planes = batch["data"].values()
@@ -433,7 +427,7 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{show_path(str(path))}: cannot be read ({error.strerror}), expected a"
+            f"{printable(path)}: cannot be read ({error.strerror}), expected a"
             " file of the official archive; unpack it again"
         ) from error
 
@@ -529,7 +523,7 @@ def _read_folder(raw: Path, name: str) -> RawSet:
 
 def _encode(path: str, channels: int) -> bytes | Image.Image:
     """The file as it is if any reader sees it as we do, else its decoded pixels."""
-    pixels = read_image(path, (None, None, channels), show_path(path))
+    pixels = read_image(path, (None, None, channels), printable(path))
     with Image.open(path) as image:
         same = (
             image.format in ("JPEG", "PNG")
