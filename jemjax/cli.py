@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from jemjax.errors import UserError
+from jemjax.errors import DataError, UserError
 
 # In the order of the lecture, as `methods.METHODS`, which would bring jax.
 METHOD_NAMES = (
@@ -188,11 +188,17 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _data(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: jemjax data prepare KIND RAW --name NAME [--out FOLDER]\n")
+        print("usage: jemjax data prepare KIND RAW --name NAME [--out FOLDER]")
+        print("       jemjax data check PATH [options]\n")
         print("  prepare   make a TensorFlow Datasets set of raw files, for tfds:NAME")
+        print("  check     decode every image, and name what cannot be used")
         return
-    _choose("data command", arguments[0], ("prepare",))
+    commands = {"prepare": _data_prepare, "check": _data_check}
+    _choose("data command", arguments[0], tuple(commands))
+    commands[arguments[0]](arguments[1:])
 
+
+def _data_prepare(arguments: list[str]) -> None:
     def prepare(
         kind: Literal["idx", "cifar", "folder"],
         raw: str,
@@ -218,7 +224,52 @@ def _data(arguments: list[str]) -> None:
         place = f" --data-dir {out}" if out else ""
         print(f"use it with: jemjax pretrain vicreg --data tfds:{name}{place}")
 
-    _parse(prepare, "data prepare", arguments[1:])
+    _parse(prepare, "data prepare", arguments)
+
+
+def _data_check(arguments: list[str]) -> None:
+    def check(
+        path: str,
+        /,
+        min_size: int = 1,
+        value_range: tuple[float, float] | None = None,
+        max_pixels: int | None = None,
+        data_dir: str | None = None,
+    ) -> None:
+        """Decodes every image of a set, and names each file that cannot be used.
+
+        The exit code is 0 if all can be, and 3 if not.
+
+        Args:
+            path: a folder of images; digits, folder:PATH or tfds:NAME too.
+            min_size: the shorter side that an image must have, in pixels.
+            value_range: as of jemjax pretrain, of images of more than 8 bits.
+            max_pixels: as of jemjax pretrain, of an image.
+            data_dir: where prepared data sets are; unless given, TensorFlow Datasets'
+                own.
+        """
+        from jemjax.data import Reading
+        from jemjax.data.check import check
+        from jemjax.data.images import printable
+        from jemjax.training.metrics import Display
+
+        given = {"value_range": value_range, "max_pixels": max_pixels}
+        display = Display()
+        findings = check(
+            path,
+            min_size=min_size,
+            reading=Reading(**{k: v for k, v in given.items() if v is not None}),
+            data_dir=data_dir,
+            progress=display.reading(printable(path)),
+        )
+        display.header(findings.name, findings.rows())
+        for sentence in (*findings.notes, *findings.small, *findings.unreadable):
+            display.say(sentence)
+        display.say("all is well" if findings.good else "not all images can be used")
+        if not findings.good:
+            sys.exit(DataError.exit_code)
+
+    _parse(check, "data check", arguments)
 
 
 def _doctor(arguments: list[str]) -> None:
@@ -235,7 +286,7 @@ def _doctor(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "pretrain": (_pretrain, "METHOD", "train a network, and measure what it learned"),
     "evaluate": (_evaluate, "RUN", "measure the newest checkpoint of a run"),
-    "data": (_data, "prepare", "make a data set of raw files"),
+    "data": (_data, "prepare|check", "make a data set of raw files, or look at one"),
     "doctor": (_doctor, "", "check the installation and the devices"),
 }
 

@@ -188,14 +188,40 @@ def read_header(
 ) -> Header:
     """What there is to know without decoding the pixels; raises as `opened`."""
     with opened(file, where, reading) as image:
-        return Header(
-            *upright_size(image),
-            grey=image.mode in _GREY_MODES,
-            mode=image.mode,
-            format=image.format or "",
-            # A photograph beside which a camera keeps a preview is no animation.
-            frames=image.format != "MPO" and getattr(image, "is_animated", False),
-        )
+        return _header(image)
+
+
+def _header(image: Image.Image) -> Header:
+    return Header(
+        *upright_size(image),
+        grey=image.mode in _GREY_MODES,
+        mode=image.mode,
+        format=image.format or "",
+        # A photograph beside which a camera keeps a preview is no animation.
+        frames=image.format != "MPO" and getattr(image, "is_animated", False),
+    )
+
+
+class Inspection(NamedTuple):
+    """What an image says that was decoded."""
+
+    header: Header
+    transparent: bool
+    extremes: tuple[float, float] | None
+    """the least and the greatest value, of more than 8 bits"""
+
+
+def inspect_image(
+    file: str | io.BytesIO, where: str, reading: Reading = DEFAULT_READING
+) -> Inspection:
+    """Decodes all of an image; raises as `read_image`."""
+    with opened(file, where, reading) as image:
+        header, transparent = _header(image), image.has_transparency_data
+        ImageOps.exif_transpose(image, in_place=True)
+        deep = image.mode.startswith(("I", "F"))
+        extremes: Any = image.getextrema() if deep else None
+        to_channels(image, 3, reading)
+        return Inspection(header, transparent, extremes)
 
 
 def read_image(

@@ -570,6 +570,28 @@ def _open_folder(
     )
 
 
+def open_folder_parts(
+    name: str, root: str, reading: Reading
+) -> dict[str, FolderSource]:
+    """Both parts of a folder, whatever their images are like; no file is opened."""
+    if not os.path.isdir(root):
+        raise DataError(f"{name}: {_why_no_folder(root)}")
+    parts, class_names = _list_parts(name, root)
+    return {
+        part: FolderSource(
+            root,
+            [file for file, _ in items],
+            np.array([label for _, label in items], np.int32),
+            name=name,
+            class_names=class_names,
+            image_shape=(DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE, 3),
+            sizes_differ=True,
+            reading=reading,
+        )
+        for part, items in parts.items()
+    }
+
+
 def _list_parts(
     name: str, root: str
 ) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:

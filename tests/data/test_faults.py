@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -501,7 +502,7 @@ class Slow:
         self.source = source
 
     def gather(self, indices):
-        threading.Event().wait(20)
+        threading.Event().wait(3)
 
 
 def test_f14_a_disk_that_does_not_answer_is_given_up(capfd, monkeypatch):

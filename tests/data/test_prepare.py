@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jemjax.data import Crop, DataError, batches, load_arrays, open_data
-from jemjax.data.prepare import prepare
+from jemjax.data.prepare import _read_cifar_python, prepare
 
 tfds = pytest.importorskip("tensorflow_datasets")
 RANDOM = np.random.default_rng(0)
@@ -269,6 +269,50 @@ def test_cifar_is_read_under_its_official_name(tmp_path, name, form):
     if name == "cifar100":
         for record in official:
             assert record["coarse_label"] == record["label"] // 5
+
+
+def python2_batch(planes, labels):
+    """A batch as Python 2 and the NumPy of its time wrote it, byte by byte."""
+    rows, columns = (int(n).to_bytes(2, "little") for n in planes.shape)
+    return b"".join(
+        [
+            b"\x80\x02}q\x01(U\x06labelsq\x02]q\x03(",
+            *(b"K" + bytes([label]) for label in labels),
+            b"eU\x04dataq\x04cnumpy.core.multiarray\n_reconstruct\nq\x05",
+            b"cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01",
+            b"M" + rows + b"M" + columns + b"\x86cnumpy\ndtype\nq\x08U\x02u1K\x00K\x01",
+            b"\x87Rq\x09(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T",
+            planes.nbytes.to_bytes(4, "little") + planes.tobytes() + b"tbu.",
+        ]
+    )
+
+
+def fortran_batch(planes, labels):
+    value = as_python2({"data": np.asfortranarray(planes), "labels": labels.tolist()})
+    return pickle.dumps(value, protocol=2)
+
+
+def batch_of_protocol(protocol):
+    def dump(planes, labels):
+        value = as_python2({"data": planes, "labels": labels.tolist()})
+        return pickle.dumps(value, protocol=protocol)
+
+    return dump
+
+
+@pytest.mark.parametrize(
+    "dump", [python2_batch, fortran_batch, *map(batch_of_protocol, range(5))]
+)
+def test_cifar_files_are_read_however_python_wrote_them(tmp_path, dump):
+    planes = RANDOM.integers(0, 256, (300, 3072), dtype=np.uint8)
+    labels = RANDOM.integers(0, 10, 300)
+    (tmp_path / "batch").write_bytes(dump(planes, labels))
+    if dump is python2_batch:
+        assert pickle.loads(dump(planes, labels), encoding="bytes")[b"data"].any()
+    keys = {"label": ("labels", "label_names")}
+    images, columns = _read_cifar_python(tmp_path / "batch", keys)
+    np.testing.assert_array_equal(images[7, :, :, 1].ravel(), planes[7, 1024:2048])
+    np.testing.assert_array_equal(columns[:, 0], labels)
 
 
 class Hostile:
