@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from jemjax.errors import DataError, UserError
+from jemjax.errors import DataError, UserError, printable, printable_lines
 
 # In the order of the lecture, as `methods.METHODS`, which would bring jax.
 METHOD_NAMES = (
@@ -35,7 +35,7 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"jemjax: {error}", file=sys.stderr)
+        print(f"jemjax: {printable_lines(str(error))}", file=sys.stderr)
         if getattr(error, "hangs", False):  # Python would wait for the thread
             sys.stdout.flush()
             sys.stderr.flush()
@@ -250,7 +250,6 @@ def _data_check(arguments: list[str]) -> None:
         """
         from jemjax.data import Reading
         from jemjax.data.check import check
-        from jemjax.data.images import printable
         from jemjax.training.metrics import Display
 
         given = {"value_range": value_range, "max_pixels": max_pixels}

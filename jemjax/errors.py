@@ -1,5 +1,7 @@
 """What goes wrong through no fault of the library, told in a sentence."""
 
+import os
+
 
 class UserError(Exception):
     """A message for the person at the keyboard: what, where, got, expected, the fix.
@@ -30,3 +32,25 @@ class CheckpointError(UserError):
     """A saved state that cannot be used."""
 
     exit_code = 5
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Text in characters that show, whatever bytes a file is named by.
+
+    Control characters, line ends, marks that turn the direction of writing, and bytes
+    that are not UTF-8 are escaped.
+    """
+    return "".join(map(_printable, os.fspath(text)))
+
+
+def printable_lines(text: str) -> str:
+    """The same of text of several lines, which it remains."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -18,7 +18,6 @@ from jemjax.data.images import (
     Reading,
     UnreadableImage,
     inspect_image,
-    printable,
 )
 from jemjax.data.sources import (
     ArraySource,
@@ -29,7 +28,7 @@ from jemjax.data.sources import (
     open_data,
     open_folder_parts,
 )
-from jemjax.errors import DataError
+from jemjax.errors import DataError, printable
 
 
 @dataclasses.dataclass

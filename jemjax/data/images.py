@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jemjax.errors import DataError
+from jemjax.errors import DataError, printable
 
 # What Pillow reads by itself. Formats that it only stubs (HDF5, GRIB) or hands to
 # another program (EPS) are left out, whatever a file of theirs is called.
@@ -106,23 +106,6 @@ class Header(NamedTuple):
     format: str
     frames: bool
     """whether there are several"""
-
-
-def printable(text: str | os.PathLike[str]) -> str:
-    """Text in characters that show, whatever bytes a file is named by.
-
-    Control characters, line ends, marks that turn the direction of writing, and bytes
-    that are not UTF-8 are escaped.
-    """
-    return "".join(map(_printable, os.fspath(text)))
-
-
-def _printable(character: str) -> str:
-    if character.isprintable():
-        return character
-    if "\udc80" <= character <= "\udcff":  # a byte of a name that is not UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
 
 
 # The image that each thread reads, for messages about what takes too long.

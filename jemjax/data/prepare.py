@@ -22,9 +22,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jemjax.data.images import printable, read_image
+from jemjax.data.images import read_image
 from jemjax.data.sources import FolderSource, Progress, import_tfds, open_data
-from jemjax.errors import DataError
+from jemjax.errors import DataError, printable
 
 logger = logging.getLogger("jemjax.data")
 

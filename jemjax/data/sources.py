@@ -30,11 +30,10 @@ from jemjax.data.images import (
     Reading,
     UnreadableImage,
     fit,
-    printable,
     read_header,
     read_image,
 )
-from jemjax.errors import DataError
+from jemjax.errors import DataError, printable
 
 T = TypeVar("T")
 
@@ -45,6 +44,8 @@ Progress = Callable[[int, int], None]
 # a larger folder an evenly spread sample.
 HEADERS_READ = 20_000
 HEADERS_SAMPLED = 2_000
+# Files whose content is part of a fingerprint.
+FINGERPRINTED = 256
 # The side of the images of a set whose sizes differ.
 DEFAULT_IMAGE_SIZE = 256
 
@@ -95,8 +96,8 @@ class Source(abc.ABC):
         """A SHA-256 by which a resumed run sees that the data are other ones.
 
         Of image files their names below the folder, their labels and sizes in bytes,
-        which a copy on another machine shares; of a prepared set the same of its
-        files; of arrays their content.
+        and the content of 256 of them, which a copy on another machine shares; of a
+        prepared set the same of its files and records; of arrays their content.
         """
 
 
@@ -144,6 +145,14 @@ class EncodedSource(Source):
     @abc.abstractmethod
     def encoded(self, indices: np.ndarray) -> list[Encoded]:
         """The examples as they are stored."""
+
+    def sample(self) -> Iterator[bytes]:
+        """The bytes of a few examples, evenly spread."""
+        for file, _, _ in self.encoded(spread(len(self), FINGERPRINTED)):
+            try:
+                yield Path(file).read_bytes() if isinstance(file, str) else file.read()
+            except OSError:  # what is wrong with it is told when it is read
+                yield b""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         batch = self.gather(np.array([index]))
@@ -438,11 +447,11 @@ def _file_sizes(paths: Iterable[str]) -> np.ndarray:
     return np.array([size(path) for path in paths], np.int64)
 
 
-def _digest(source: Source, parts: Iterable[str | np.ndarray]) -> str:
-    """Of the classes, and of paths and arrays, each told from the next."""
+def _digest(source: Source, parts: Iterable[str | bytes | np.ndarray]) -> str:
+    """Of the classes, and of paths, contents and arrays, each told from the next."""
     digest = hashlib.sha256(repr(source.class_names).encode())
     for part in parts:
-        content = os.fsencode(part) if isinstance(part, str) else part.tobytes()
+        content = part.tobytes() if isinstance(part, np.ndarray) else os.fsencode(part)
         digest.update(len(content).to_bytes(8))
         digest.update(content)
     return digest.hexdigest()
@@ -539,7 +548,7 @@ class FolderSource(EncodedSource):
     def fingerprint(self) -> str:
         """Of the names, labels and sizes of the files."""
         sizes = _file_sizes(map(self.path, range(len(self))))
-        return _digest(self, [*self.files, self.labels, sizes])
+        return _digest(self, [*self.files, self.labels, sizes, *self.sample()])
 
 
 def _open_folder(
@@ -849,7 +858,8 @@ class TFDSSource(EncodedSource):
     def fingerprint(self) -> str:
         """Of the number of examples, and of the names and sizes of the files."""
         names = [os.path.basename(path) for path in self.files]
-        return _digest(self, [str(len(self)), *names, _file_sizes(self.files)])
+        sizes = _file_sizes(self.files)
+        return _digest(self, [str(len(self)), *names, sizes, *self.sample()])
 
 
 def _open_tfds(

@@ -24,7 +24,8 @@ from jemjax.data import (
     in_memory,
     open_data,
 )
-from jemjax.data.images import printable, read_image, to_channels
+from jemjax.data.images import read_image, to_channels
+from jemjax.errors import printable
 
 SKIP = Reading(on_bad_image="skip", max_bad_share=0.2)
 
