@@ -110,6 +110,10 @@ class Survey(NamedTuple):
     channels: int
     """1 if all are grey, else 3"""
 
+    def smaller_than(self, side: int) -> int:
+        """How many images have a shorter side of fewer pixels."""
+        return sum(n for size, n in self.sizes.items() if min(size) < side)
+
 
 class Encoded(NamedTuple):
     """An image that is not decoded yet, and its label."""
