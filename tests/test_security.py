@@ -1,11 +1,17 @@
 """Nothing in the package runs what a file says; section 4 of what it promises."""
 
 import ast
+import csv
 import pathlib
 
+import numpy as np
 import pytest
 
 import jemjax
+from jemjax.data import ArraySource
+from jemjax.training.features import Embedded, Examples, Made
+from jemjax.training.measure import _write_clusters
+from jemjax.training.metrics import Display
 
 PACKAGE = pathlib.Path(jemjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -79,3 +85,28 @@ def test_the_test_of_the_source_sees_what_it_is_for(code):
 )
 def test_the_test_of_the_source_lets_the_harmless_be(code):
     assert not list(forbidden(ast.parse(code)))
+
+
+def test_no_class_name_is_a_formula_of_a_spreadsheet(tmp_path):
+    names = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", 'comma, "quote"', "cat"]
+    labels = np.arange(6)
+    source = ArraySource(np.zeros((6, 2, 2, 1), np.uint8), labels, class_names=names)
+    made = Made(np.zeros((6, 2)), cluster=np.zeros(6, np.int64))
+    examples = Examples(source, labels, source, labels, 6)
+    _write_clusters(
+        tmp_path / "clusters.csv", Embedded(made, labels, made, labels, 6), examples
+    )
+    with open(tmp_path / "clusters.csv", newline="") as file:
+        written = [row["label"] for row in csv.DictReader(file)]
+    assert written == [f"'{name}" for name in names[:4]] + names[4:]
+
+
+def test_no_name_is_markup_or_an_instruction_to_the_terminal(capsys):
+    display = Display()
+    hostile = "[red]x[/red] \x1b[2J \r \udcff \u202e"
+    display.header(hostile, [("data", hostile)])
+    display.say(f"two\n{hostile}")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.isprintable() for line in lines)
+    shown = r"[red]x[/red] \x1b[2J \r \xff \u202e"
+    assert [shown in line for line in lines] == [True, True, False, True]

@@ -984,9 +984,18 @@ def _prepared_folder(name: str, rest: str, data_dir: Path) -> Path:
 
 
 def _how_to_prepare(below: str) -> str:
+    """Nothing is downloaded here: what makes the set, and what reads images as is."""
+    if below.split("/")[0] == "imagenet2012":  # not to be had without an account
+        return (
+            "get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org"
+            f" and, where TensorFlow is, tfds build {below} --manual_dir=FOLDER_OF_BOTH"
+            " --file_format=array_record; or unpack them into train/CLASS/ and"
+            " val/CLASS/, and use --data folder:PATH"
+        )
     return (
         f"make it of raw files with jemjax data prepare KIND RAW --name {below}, or,"
-        f" where TensorFlow is, with tfds build {below} --file_format=array_record"
+        f" where TensorFlow is, with tfds build {below} --file_format=array_record; or"
+        " use images as they are with --data folder:PATH"
     )
 
 

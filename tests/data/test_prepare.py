@@ -161,6 +161,10 @@ TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ub
         (spoil(TRAIN_IMAGES, lambda d: b""), "starts with nothing"),
         (spoil(TRAIN_LABELS, lambda d: idx(np.zeros(29, np.uint8))), "30 images but"),
         (spoil(TRAIN_LABELS, lambda d: d[:-1] + b"\x0a"), "labels go up to 10"),
+        (
+            spoil(TRAIN_IMAGES, lambda d: d[:4] + b"\xff" * 12 + d[16:]),
+            r"its header says [\d,]+ bytes of values, more than the 4,294,967,296",
+        ),
         (cut_packed, "train-images.*: cannot be read"),
         (lambda f: (f / TRAIN_LABELS).write_bytes(b"text"), "cannot be read"),
         (lambda f: (f / TRAIN_LABELS).unlink(), "expected one file of train labels"),
@@ -517,3 +521,36 @@ def test_d14_prepared_sets_have_fingerprints(tmp_path):
     prepare("folder", tmp_path / "raw", name="ants", out=tmp_path / "three")
     three = open_data("tfds:ants", data_dir=tmp_path / "three")
     assert three.fingerprint() != one.fingerprint()
+
+
+OFFLINE = """
+import socket, sys, time
+
+def refuse(*arguments, **keywords):
+    raise AssertionError(f"the network was asked: {arguments}")
+
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+from jemjax.data import DataError, open_data
+began = time.monotonic()
+for name in sys.argv[1:]:
+    try:
+        open_data("tfds:" + name, data_dir="nowhere")
+    except DataError as error:
+        print(error)
+print(time.monotonic() - began < 10)
+"""
+
+
+def test_d11_a_set_that_is_not_there_is_told_at_once_without_a_network(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, "fashion_mnist", "imagenet2012"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    mnist, imagenet, quick = run.stdout.splitlines()
+    assert quick == "True" and "asked" not in run.stderr
+    assert "jemjax data prepare KIND RAW --name fashion_mnist" in mnist
+    assert "--data folder:PATH" in mnist
+    assert "--manual_dir" in imagenet and "ILSVRC2012_img_train.tar" in imagenet
