@@ -3,9 +3,10 @@
 import io
 import itertools
 import os
-import shutil
+import pathlib
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -338,22 +339,26 @@ def as_nobody(code, *arguments):
     )
 
 
-def test_d10_what_may_not_be_read_is_named(tmp_path):
-    numbered_folder(tmp_path / "set")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        os.chmod(parent, 0o755)  # pytest's own folders are root's alone
+@pytest.fixture
+def for_all():
+    """A folder that not only root may enter, as it must pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield pathlib.Path(folder)
+
+
+def test_d10_what_may_not_be_read_is_named(for_all):
+    for name in ("set", "file", "folder"):
+        numbered_folder(for_all / name)
     code = (
         "for name in sys.argv[2:]:\n"
         "    try: jemjax.data.open_data('folder:' + name)\n"
         "    except jemjax.data.DataError as error: print(error)"
     )
-    for name in ("file", "folder"):
-        shutil.copytree(tmp_path / "set", tmp_path / name)
-    os.chmod(tmp_path / "file" / "train" / "003.png", 0)
-    os.chmod(tmp_path / "folder" / "train", 0)
-    folders = [str(tmp_path / name) for name in ("set", "file", "folder")]
-    told = as_nobody(code, *folders)
-    os.chmod(tmp_path / "folder" / "train", 0o755)
+    os.chmod(for_all / "file" / "train" / "003.png", 0)
+    os.chmod(for_all / "folder" / "train", 0)
+    told = as_nobody(code, *[str(for_all / n) for n in ("set", "file", "folder")])
+    os.chmod(for_all / "folder" / "train", 0o755)
     assert "003.png: cannot be read (Permission denied)" in told.stdout, told.stderr
     assert "train: cannot be listed (Permission denied)" in told.stdout, told.stderr
 
