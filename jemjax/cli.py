@@ -6,13 +6,20 @@ answers without jax.
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from jemjax.errors import DataError, UserError, printable, printable_lines
+from jemjax.errors import (
+    CheckpointError,
+    DataError,
+    UserError,
+    printable,
+    printable_lines,
+)
 
 # In the order of the lecture, as `methods.METHODS`, which would bring jax.
 METHOD_NAMES = (
@@ -41,6 +48,16 @@ def reporting_errors() -> Iterator[None]:
             sys.stderr.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(
+            f"jemjax: {error.filename or 'the output'}: cannot be written"
+            f" ({error.strerror}); free space or mend the disk, and start again,"
+            " a run with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(5)
     except KeyboardInterrupt:
         print("\njemjax: interrupted; --resume continues a run", file=sys.stderr)
         sys.exit(130)
@@ -86,53 +103,95 @@ def _usage() -> str:
 
 
 def _parse(function, program: str, arguments: list[str], **keywords):
-    try:
+    with _importing(program):
         import tyro
+    return tyro.cli(function, prog=f"jemjax {program}", args=arguments, **keywords)
+
+
+@contextlib.contextmanager
+def _importing(program: str) -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise UserError(
             f"{program} needs {error.name}: install it with pip install 'jemjax[train]'"
         ) from error
-    return tyro.cli(function, prog=f"jemjax {program}", args=arguments, **keywords)
+
+
+def _has_method(command: str, arguments: list[str]) -> bool:
+    """Whether a known method is named; help that names none is given here."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: jemjax {command} METHOD [options]\n")
+        print(f"methods: {', '.join(METHOD_NAMES)}")
+        print(f"`jemjax {command} METHOD --help` lists all options.")
+        return False
+    _choose("method", arguments[0], METHOD_NAMES)
+    return True
 
 
 def _pretrain(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: jemjax pretrain METHOD [options]\n")
-        print(f"methods: {', '.join(METHOD_NAMES)}")
-        print("`jemjax pretrain METHOD --help` lists all options.")
+    if not _has_method("pretrain", arguments):
         return
     name, arguments = arguments[0], arguments[1:]
-    _choose("method", name, METHOD_NAMES)
     from jemjax.runtime import prepare_process
 
     prepare_process()
     path, arguments = _take_config(arguments)
     # VICReg's word for a projector to more dimensions.
     arguments = [re.sub(r"^--expander(?=$|=)", "--projector", a) for a in arguments]
-    try:
-        from pathlib import Path
-
-        from jemjax.methods import METHODS
-        from jemjax.training.config import PretrainConfig, from_toml
+    with _importing("pretrain"):
+        from jemjax.training.config import PretrainConfig
         from jemjax.training.hosts import leaving_at_once
         from jemjax.training.loop import pretrain
-    except ImportError as error:
-        raise UserError(
-            f"pretrain needs {error.name}: install it with pip install 'jemjax[train]'"
-        ) from error
-    default = PretrainConfig(method=METHODS[name]())
-    if path is not None:
-        default = from_toml(Path(path), default)
     config = _parse(
         PretrainConfig,
         f"pretrain {name}",
         arguments,
-        default=default,
+        default=_read_config(path, name),
         description=f"Trains a network with {name}, and measures what it learned."
         " --config FILE reads a TOML file; options given here win over it.",
     )
     with leaving_at_once():
         pretrain(config)
+
+
+def _preview(arguments: list[str]) -> None:
+    if not _has_method("preview", arguments):
+        return
+    name, arguments = arguments[0], arguments[1:]
+    from jemjax.runtime import prepare_process
+
+    prepare_process()
+    path, arguments = _take_config(arguments)
+    with _importing("preview"):
+        import dataclasses
+
+        from jemjax.training.config import InputConfig
+        from jemjax.training.preview import PreviewConfig, preview
+    given = _read_config(path, name)
+    shared = [field.name for field in dataclasses.fields(InputConfig)]
+    config = _parse(
+        PreviewConfig,
+        f"preview {name}",
+        arguments,
+        default=PreviewConfig(**{field: getattr(given, field) for field in shared}),
+        description="Draws the first images of a step's batch, and exactly those views"
+        f" and masks of them that `jemjax pretrain {name}` makes with these options."
+        " --config FILE reads the config.toml of a run; options given here win over"
+        " it.",
+    )
+    preview(config)
+
+
+def _read_config(path: str | None, method: str):
+    """The method's defaults, under what a TOML file says."""
+    from pathlib import Path
+
+    from jemjax.methods import METHODS
+    from jemjax.training.config import PretrainConfig, from_toml
+
+    default = PretrainConfig(method=METHODS[method]())
+    return default if path is None else from_toml(Path(path), default)
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -271,6 +330,66 @@ def _data_check(arguments: list[str]) -> None:
     _parse(check, "data check", arguments)
 
 
+def _checkpoint(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jemjax checkpoint COMMAND RUN\n")
+        print("  list      steps, sizes, dates, and whether files have their sizes")
+        print("  verify    read every file; exit code 5 if one is damaged")
+        print("  prune     delete all but the newest whole ones (--keep N)")
+        return
+    name, arguments = arguments[0], arguments[1:]
+    _choose("checkpoint command", name, ("list", "verify", "prune"))
+    from pathlib import Path
+
+    from jemjax.training import stored
+    from jemjax.training.lock import locked
+
+    def show(run: str, contents: bool) -> list[stored.Row]:
+        rows = stored.list_checkpoints(
+            stored.find_checkpoints(Path(run)), contents=contents
+        )
+        for row in rows:
+            size = f"{row.size / 1e6:,.1f} MB"
+            print(f"{row.name:<12}  {size:>12}  {row.saved:<25}  {row.state}")
+        if not rows:
+            print(f"{run}: no checkpoint yet")
+        return rows
+
+    def list_(run: str, /) -> None:
+        """Lists the checkpoints of a run, and what is left of damaged ones.
+
+        Args:
+            run: the folder of the run.
+        """
+        show(run, contents=False)
+
+    def verify(run: str, /) -> None:
+        """Compares every file of every checkpoint with its manifest.
+
+        Args:
+            run: the folder of the run.
+        """
+        rows = show(run, contents=True)
+        bad = [row.name for row in rows if row.broken]
+        if bad:
+            raise CheckpointError(f"{run}: not whole: {', '.join(bad)}")
+
+    def prune(run: str, /, keep: int = 2) -> None:
+        """Deletes all but the newest whole checkpoints, and what is left of others.
+
+        Args:
+            run: the folder of the run, to which nothing is writing.
+            keep: how many checkpoints stay.
+        """
+        checkpoints = stored.find_checkpoints(Path(run))
+        with locked(checkpoints.resolve().parent):
+            gone, size = stored.prune(checkpoints, keep)
+        print(f"deleted {', '.join(gone) or 'nothing'}: {size / 1e6:,.1f} MB")
+
+    functions = {"list": list_, "verify": verify, "prune": prune}
+    _parse(functions[name], f"checkpoint {name}", arguments)
+
+
 def _doctor(arguments: list[str]) -> None:
     def doctor() -> None:
         """Shows versions, devices and settings, and runs one loss on the devices."""
@@ -285,6 +404,8 @@ def _doctor(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "pretrain": (_pretrain, "METHOD", "train a network, and measure what it learned"),
     "evaluate": (_evaluate, "RUN", "measure the newest checkpoint of a run"),
+    "preview": (_preview, "METHOD", "draw images and their views, before a run"),
+    "checkpoint": (_checkpoint, "COMMAND RUN", "list, verify or prune a run's states"),
     "data": (_data, "prepare|check", "make a data set of raw files, or look at one"),
     "doctor": (_doctor, "", "check the installation and the devices"),
 }

@@ -6,7 +6,9 @@ import os
 class UserError(Exception):
     """A message for the person at the keyboard: what, where, got, expected, the fix.
 
-    The command line prints it without a traceback and leaves with `exit_code`.
+    The command line prints it without a traceback and leaves with `exit_code`:
+    2 for usage and configuration, 3 for data, 4 for numbers that diverge, 5 for saved
+    states that cannot be written or used.
     """
 
     exit_code = 2
@@ -29,9 +31,13 @@ class DivergenceError(UserError):
 
 
 class CheckpointError(UserError):
-    """A saved state that cannot be used."""
+    """A saved state that cannot be written or used."""
 
     exit_code = 5
+
+
+class CheckpointDamaged(CheckpointError):
+    """A saved state whose files are not those that were written."""
 
 
 def printable(text: str | os.PathLike[str]) -> str:

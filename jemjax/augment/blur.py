@@ -1,6 +1,5 @@
-"""Gaussian blur, as a product with a banded matrix on each side."""
+"""Gaussian blur, as a sum of shifted images in each direction."""
 
-import functools
 from typing import Literal
 
 import jax
@@ -13,6 +12,7 @@ from jemjax.augment.inputs import (
     example_keys,
     happens,
     is_whole,
+    materialize,
     per_example,
     to_images,
     to_planes,
@@ -20,9 +20,6 @@ from jemjax.augment.inputs import (
 )
 
 Padding = Literal["reflect", "zero"]
-
-# So many pixels of an axis are blurred by one product, with the pixels that they need.
-TILE = 32
 
 
 def gaussian_blur(
@@ -112,6 +109,7 @@ def random_blur_planes(
     sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
     smaller_side = min(planes.shape[1], planes.shape[3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
+    planes = materialize(planes)
     blurred = _blur(planes, sigmas, radius, padding)
     return jnp.where(happens(chance, probability), blurred, planes)
 
@@ -138,52 +136,29 @@ def _blur(
     planes: jax.Array, sigma: jax.Array, radius: int, padding: Padding
 ) -> jax.Array:
     """Blurs rows and columns: planes (N, H, C, W), sigma (N or 1, 1, 1)."""
-    sigma = jnp.broadcast_to(sigma, (len(planes), 1, 1))
-    _, height, _, width = planes.shape
-    rows = _bands(sigma, radius, height, padding)
-    columns = rows if width == height else _bands(sigma, radius, width, padding)
-    # At full precision, or the pixels would be those of another image on a TPU.
-    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    planes = jnp.concatenate(
-        [einsum("nyh,nhcw->nycw", weights, planes[:, part]) for part, weights in rows],
-        axis=1,
-    )
-    return jnp.concatenate(
-        [einsum("nycw,nxw->nycx", planes[..., part], w) for part, w in columns], axis=3
-    )
+    distances = jnp.arange(radius + 1, dtype=jnp.float32)
+    weights = jnp.exp(-0.5 * jnp.square(distances / sigma))  # (N or 1, 1, radius + 1)
+    weights /= 2 * jnp.sum(weights, axis=-1, keepdims=True) - 1  # the center's is 1
+    for axis in (1, 3):
+        planes = _blur_axis(planes, weights[..., None, None], radius, padding, axis)
+    return planes
 
 
-def _bands(
-    sigma: jax.Array, radius: int, size: int, padding: Padding
-) -> list[tuple[slice, jax.Array]]:
-    """The band of the matrix that blurs an axis, in pieces, each of `TILE` rows.
+def _blur_axis(
+    planes: jax.Array, weights: jax.Array, radius: int, padding: Padding, axis: int
+) -> jax.Array:
+    """The sum of the images that are shifted along an axis: weights by distance."""
+    size = planes.shape[axis]
+    widths = [(0, 0)] * 4
+    widths[axis] = (radius, radius)
+    mode = "reflect" if padding == "reflect" else "constant"
+    padded = materialize(jnp.pad(planes, widths, mode=mode))
 
-    Returns:
-        For each piece the pixels within the radius, and their weights (N, rows, those).
-    """
+    def shifted(by):
+        return lax.slice_in_dim(padded, radius + by, radius + by + size, axis=axis)
 
-    def kernel(distance):
-        weights = jnp.exp(-0.5 * jnp.square(distance / sigma))
-        return jnp.where(jnp.abs(distance) <= radius, weights, 0.0)
-
-    total = jnp.sum(kernel(_numbers(-radius, radius + 1)), axis=-1, keepdims=True)
-    last = size - 1
-    bands = []
-    for start in range(0, size, TILE):
-        stop = min(start + TILE, size)
-        first, end = max(0, start - radius), min(size, stop + radius)
-        target, source = _numbers(start, stop)[:, None], _numbers(first, end)
-        weights = kernel(source - target)
-        # Pixel s is also at -s and at 2 (size - 1) - s, its mirror images, which are no
-        # nearer than s itself.
-        if padding == "reflect" and first == 0:
-            weights += jnp.where(source > 0, kernel(source + target), 0.0)
-        if padding == "reflect" and end == size:
-            mirrored = kernel(2 * last - source - target)
-            weights += jnp.where(source < last, mirrored, 0.0)
-        bands.append((slice(first, end), weights / total))
-    return bands
-
-
-def _numbers(start: int, stop: int) -> jax.Array:
-    return jnp.arange(start, stop, dtype=jnp.float32)
+    blurred = weights[:, :, 0] * shifted(0)
+    for distance in range(1, radius + 1):
+        both = shifted(distance) + shifted(-distance)
+        blurred += weights[:, :, distance] * both
+    return blurred

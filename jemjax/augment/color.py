@@ -176,6 +176,26 @@ def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     return to_images(normalize_planes(to_planes(images), mean, std))
 
 
+def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
+    """The inverse of `normalize`: x std + mean.
+
+    Args:
+        images: (N, H, W, C) float, C = 1 or 3.
+        mean: as given to `normalize`.
+        std: as given to `normalize`.
+
+    Returns:
+        (N, H, W, C).
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+    channels = images.shape[-1]
+    mean = _of_channels("mean", mean, channels)
+    std = _of_channels("std", std, channels)
+    return images * np.squeeze(std) + np.squeeze(mean)
+
+
 def normalize_planes(planes: jax.Array, mean: Any, std: Any) -> jax.Array:
     """`normalize` of (N, H, C, W) float32, in that order."""
     if not np.all(np.asarray(std) > 0):

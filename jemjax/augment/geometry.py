@@ -14,6 +14,7 @@ from jemjax.augment.inputs import (
     check_size,
     example_keys,
     happens,
+    materialize,
     to_images,
     to_planes,
     uniforms,
@@ -206,8 +207,8 @@ def crop_planes(
         return resample(planes, rows.weights, columns.weights)
     # The axis that is mixed is the first: what is read are then long runs of numbers.
     planes = planes.transpose(0, 3, 2, 1)  # (N, W, C, H)
-    planes = _mix(planes, columns).transpose(0, 3, 2, 1)  # (N, H, C, width)
-    return _mix(planes, rows)
+    planes = materialize(_mix(planes, columns))  # (N, width, C, H)
+    return materialize(_mix(planes.transpose(0, 3, 2, 1), rows))
 
 
 def resize_planes(planes: jax.Array, size: int, method: Method) -> jax.Array:

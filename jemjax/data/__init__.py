@@ -1,7 +1,7 @@
 """Images and their labels, loaded by Grain. It imports neither jax nor TensorFlow."""
 
 from jemjax.data.crops import Crop
-from jemjax.data.images import Reading
+from jemjax.data.images import Reading, read_image
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
@@ -29,5 +29,6 @@ __all__ = [
     "in_memory",
     "load_arrays",
     "open_data",
+    "read_image",
     "spread",
 ]

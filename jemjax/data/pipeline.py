@@ -65,8 +65,9 @@ def batches(
         timeout: seconds after which a batch that does not come is given up.
 
     Returns:
-        An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32}; with crops of
-        {"views": a tuple of (b, size, size, C) uint8, "label": (b,) int32}.
+        An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32, "index": (b,)
+        int64 numbers of the examples in the source}; with crops "views", a tuple of
+        (b, size, size, C) uint8, take the place of "image".
 
     Raises:
         ValueError: for numbers out of range, or crops of a source that is in memory.
@@ -83,11 +84,9 @@ def batches(
         workers=workers,
         timeout=timeout,
     )
-    gather = functools.partial(_gather_images, source)
-    if crops:
-        if not isinstance(source, EncodedSource):
-            raise ValueError(f"crops: got a source {source.name}, expected image files")
-        gather = functools.partial(gather_crops, source, tuple(crops), seed)
+    if crops and not isinstance(source, EncodedSource):
+        raise ValueError(f"crops: got a source {source.name}, expected image files")
+    gather: Any = functools.partial(_gather, source, tuple(crops), seed)
     if isinstance(source, ArraySource):
         workers = 0
     elif workers and isinstance(source, EncodedSource):
@@ -121,10 +120,14 @@ def batches(
     return Batches(iterator, source, timeout, notes)
 
 
-def _gather_images(
-    source: Source, number: int, indices: np.ndarray
-) -> dict[str, np.ndarray]:
-    return source.gather(indices)
+def _gather(
+    source: Any, crops: tuple[Crop, ...], seed: int, number: int, indices: np.ndarray
+) -> dict[str, Any]:
+    if crops:
+        batch = gather_crops(source, crops, seed, number, indices)
+    else:
+        batch = source.gather(indices)
+    return {**batch, "index": indices}
 
 
 def _gather_and_tell(

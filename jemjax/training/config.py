@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import tomli_w
 import tyro
+from flax import linen as nn
 
 from jemjax.augment import MaskRecipe, ViewRecipe
-from jemjax.data import Reading, Source
+from jemjax.data import Crop, Reading, Source
 from jemjax.errors import UserError, printable
 from jemjax.methods import Method, Optimization
 from jemjax.methods.base import SMALL_IMAGE
@@ -129,41 +131,48 @@ class OptimizerOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """One run. Fields that are None are chosen by `resolve`, from method and data."""
+class InputConfig:
+    """What the steps of a run are fed: everything that its views depend on."""
 
     method: Annotated[Method, tyro.conf.arg(name="")]
     """the method and its hyper-parameters, on the command line without a prefix"""
     data: str = "digits"
     """digits (built in), folder:PATH or tfds:NAME"""
-    eval_data: str | None = None
-    """data of which the test part is used to measure; unless given, that of --data"""
     data_dir: str | None = None
     """where prepared TensorFlow Datasets are"""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading()
     """how image files are read"""
-    output: str | None = None
-    """folder of the run; unless given, runs/METHOD-DATA"""
     backbone: str | None = None
     """resnet18, resnet34, resnet50, resnet-narrow, vit-tiny, vit-small, vit-base or
     vit-narrow; unless given, by method and image size"""
     patch_size: int | None = None
     """of a transformer, in pixels; unless given, by image size"""
-    drop_path: float | None = None
-    """of a transformer, the share of blocks' branches that the online branch drops"""
-    layer_scale: float | None = None
-    """of a transformer, the factor that each block's branches start with, if any"""
     image_size: int | None = None
     """height and width of a view in pixels; unless given, the images' own up to 64,
     else 224"""
-    steps: int | None = None
-    """number of steps, instead of --epochs"""
-    epochs: float | None = None
-    """passes over the data"""
     batch_size: int | None = None
     """images a step, over all devices"""
     seed: int = 0
     """of parameters, order of the data, and views"""
+    views: ViewOptions = ViewOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(InputConfig):
+    """One run. Fields that are None are chosen by `resolve`, from method and data."""
+
+    eval_data: str | None = None
+    """data of which the test part is used to measure; unless given, that of --data"""
+    output: str | None = None
+    """folder of the run; unless given, runs/METHOD-DATA"""
+    drop_path: float | None = None
+    """of a transformer, the share of blocks' branches that the online branch drops"""
+    layer_scale: float | None = None
+    """of a transformer, the factor that each block's branches start with, if any"""
+    steps: int | None = None
+    """number of steps, instead of --epochs"""
+    epochs: float | None = None
+    """passes over the data"""
     eval_every: int | None = None
     """steps between measurements with kNN; unless given, a tenth of the run; 0: only
     at the end"""
@@ -195,8 +204,32 @@ class PretrainConfig:
     """continue if the output folder holds a run, else start"""
     overwrite: bool = False
     """delete a run that the output folder holds"""
-    views: ViewOptions = ViewOptions()
+    allow_change: tuple[str, ...] = ()
+    """settings that may differ from those of the run that is resumed, though other
+    numbers follow, such as batch_size, views or data_sha256"""
+    fallback: bool = True
+    """resume from the checkpoint before where the newest is damaged (off: stop with
+    exit code 5)"""
     optimizer: OptimizerOptions = OptimizerOptions()
+
+    def network(self) -> nn.Module:
+        """The network, of a resolved configuration; raises ValueError."""
+        assert self.image_size and self.backbone
+        backbone = create_backbone(
+            self.backbone,
+            image_size=self.image_size,
+            dtype=jnp.dtype(self.compute_dtype),
+            patch_size=self.patch_size,
+            drop_path=self.drop_path or 0.0,
+            pooling=self.method.pooling,
+            layer_scale=self.layer_scale,
+        )
+        return self.method.network(backbone)
+
+    def recipe(self) -> ViewRecipe:
+        """The views, of a resolved configuration; raises ValueError."""
+        assert self.image_size
+        return self.views.apply(self.method.views(self.image_size))
 
 
 def resolve(
@@ -274,28 +307,13 @@ def resolve(
 
 def _problems_of_parts(config: PretrainConfig) -> Iterator[str]:
     """What network and views say of the values they are made of."""
-    assert config.image_size is not None and config.backbone
-    if config.image_size < 1:
+    if config.image_size is None or config.image_size < 1:
         return
-    method, size, backbone = config.method, config.image_size, config.backbone
-    parts = (
-        lambda: config.views.apply(method.views(size)),
-        lambda: method.network(
-            create_backbone(
-                backbone,
-                image_size=size,
-                patch_size=config.patch_size,
-                drop_path=config.drop_path or 0.0,
-                pooling=method.pooling,
-                layer_scale=config.layer_scale,
-            )
-        ),
-    )
-    for part in parts:
+    for part in (config.recipe, config.network):
         try:
             part()
         except ValueError as error:  # argument, got, expected
-            yield f"{method.name}: {error}"
+            yield f"{config.method.name}: {error}"
 
 
 def _resolve_views(options: ViewOptions, source: Source) -> ViewOptions:
@@ -402,6 +420,33 @@ def batch_problem(batch_size: int, num_devices: int, accumulate: int) -> str | N
         f"--batch-size: got {batch_size}, expected a multiple of the {num_devices}"
         f" devices{factor}"
     )
+
+
+def crops_of(recipe: ViewRecipe, source: Source) -> tuple[Crop, ...]:
+    """What the loader makes of images of several sizes; else it gives the images."""
+    return tuple(
+        Crop(view.size, view.crop_scale, view.crop_ratio, view.interpolation)
+        for view in recipe.views
+        if source.sizes_differ
+    )
+
+
+def describe_data(config: InputConfig, source: Source) -> str:
+    """The data in a line, for people."""
+    height, width, channels = source.image_shape
+    shape = f"{height} x {width} x {channels}"
+    if source.sizes_differ:
+        shape = f"several sizes, measured at {shape}"
+    classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
+    return f"{config.data}: {len(source):,} images of {shape}, {classes}"
+
+
+def describe_views(recipe: ViewRecipe, source: Source) -> Iterator[tuple[str, str]]:
+    """The views in lines, for people, the first with a name."""
+    for number, line in enumerate(str(recipe).splitlines()):
+        yield ("views" if number == 0 else ""), line
+    if source.sizes_differ:
+        yield "", "crops made by the loader, of full images; the rest on the device"
 
 
 def _flag(name: str) -> str:

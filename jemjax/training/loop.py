@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import shutil
 import signal
 import time
@@ -12,26 +13,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jemjax import __version__
 from jemjax.augment import ViewRecipe
 from jemjax.data import Crop, Source, batches, in_memory, open_data
-from jemjax.errors import DataError, UserError
+from jemjax.errors import CheckpointError, DataError, UserError
 from jemjax.methods import METHODS, Optimization
-from jemjax.models import create_backbone
 from jemjax.runtime import idle_accelerator, quick_compilation, settings
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
     batch_problem,
+    crops_of,
+    describe_data,
+    describe_views,
     from_toml,
     method_name_of,
     problems_without_data,
@@ -48,6 +48,7 @@ from jemjax.training.hosts import (
     stop,
     together,
 )
+from jemjax.training.lock import LOCK_NAME, locked
 from jemjax.training.measure import measure, measure_collapse, measure_knn
 from jemjax.training.mesh import (
     batch_sharding,
@@ -64,6 +65,7 @@ from jemjax.training.metrics import (
     write_json,
 )
 from jemjax.training.optimizers import make_optimizer
+from jemjax.training.resuming import COMMAND, compare, describe_run, versions
 from jemjax.training.state import TrainState, init_state
 from jemjax.training.step import Images, Step, make_train_step
 from jemjax.training.timing import StepClock, describe
@@ -132,24 +134,15 @@ class Run(NamedTuple):
 
 def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
     """Builds network, views and optimizer of a resolved configuration."""
-    assert config.image_size and config.backbone and config.batch_size and config.steps
+    assert config.batch_size and config.steps
     try:
         mesh = mesh or make_mesh(fsdp=config.fsdp)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     method = config.method
     try:
-        backbone = create_backbone(
-            config.backbone,
-            image_size=config.image_size,
-            dtype=jnp.dtype(config.compute_dtype),
-            patch_size=config.patch_size,
-            drop_path=config.drop_path or 0.0,
-            pooling=method.pooling,
-            layer_scale=config.layer_scale,
-        )
-        network = method.network(backbone)
-        recipe = config.views.apply(method.views(config.image_size))
+        network = config.network()
+        recipe = config.recipe()
         steps_per_epoch = len(source) / config.batch_size
         options = dataclasses.asdict(config.optimizer)
         options["clip_norm"] = options["clip_norm"] or None
@@ -177,11 +170,6 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         )
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{method.name}: {error}") from error
-    crops = tuple(
-        Crop(view.size, view.crop_scale, view.crop_ratio, view.interpolation)
-        for view in recipe.views
-        if source.sizes_differ
-    )
     return Run(
         config,
         mesh,
@@ -191,7 +179,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         schedule,
         step,
         source.image_shape,
-        crops,
+        crops_of(recipe, source),
     )
 
 
@@ -223,9 +211,29 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         source, test = _read(source, display), _read(test, display)
     require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
     folder = Path(config.output)
-    with together():
-        if is_first():
-            _prepare_folder(config, folder)
+    about = describe_run(config, source)
+    require_equal(about["data_sha256"], f"--data {config.data}: differs between hosts")
+    with contextlib.ExitStack() as held:
+        with together():
+            if is_first():
+                _check_folder(config, folder)
+                held.enter_context(locked(folder))
+                _prepare_folder(config, folder, about, display)
+        return _pretrain(config, run, source, test, folder, about, display, began)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    run: Run,
+    source: Source,
+    test: Source,
+    folder: Path,
+    about: dict[str, Any],
+    display: Display,
+    began: float,
+) -> dict[str, Any]:
+    """The run in its folder, which is this process's."""
+    assert config.steps
     require_shared(folder)
     with together():
         if is_first():
@@ -233,10 +241,13 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     display.header(f"jemjax {config.method.name}", _header(run, source, test))
 
     state = untrained = run.init()
-    checkpoints = Checkpoints(folder)
-    try:
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+    checkpoints = Checkpoints(
+        folder, about=about, fallback=config.fallback, say=display.say
+    )
+    with checkpoints:
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state = restored
             display.say(f"resumed after step {int(state.step)}")
         if state is untrained:
             untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
@@ -244,9 +255,12 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         seconds = _train(
             run, source, test, state, embedder, checkpoints, display, folder
         )
-        final = checkpoints.restore(untrained, config.steps)
-    finally:
-        checkpoints.close()
+        final = checkpoints.restore(untrained)
+        if final is None or int(final.step) != config.steps:
+            raise CheckpointError(
+                f"{folder}: the final checkpoint is not as it was written; mend the"
+                " disk, and continue with --resume"
+            )
 
     end_on_sigterm()  # all is saved
     examples = choose_examples(source, test, config.final_examples)
@@ -268,7 +282,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         "unreadable_test_images": len(test.unreadable),
         "total_seconds": round(time.monotonic() - began, 1),
         "state_sha256": fingerprint(final),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if is_first():
         write_json(folder / "results.json", results)
@@ -319,7 +333,9 @@ def _train(
         return {"images_per_second": past[-1]["images_per_second"]} if past else {}
     monitor = choose_examples(source, test, config.eval_examples)
     metrics_path = folder / "metrics.jsonl"
-    metrics_file = MetricsFile(metrics_path if is_first() else None, first + 1)
+    metrics_file = MetricsFile(
+        metrics_path if is_first() else None, first + 1, display.say
+    )
     stream = batches(
         source,
         batch_size=batch_size,
@@ -341,6 +357,7 @@ def _train(
         for step in range(first + 1, total + 1):
             state, metrics = run.step(state, images)
             clock.started(metrics["loss"])
+            checkpoints.check()
             if step < total:  # the next batch is loaded while the devices work
                 images = run.images(next(stream))
             if step % config.log_every == 0 or step in (first + 1, total):
@@ -387,7 +404,7 @@ def _train(
             preempted = checkpoints.preempted(step)
             if preempted or step == total or _due(step, config.checkpoint_every):
                 with clock.spent("saving"):
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state, last=preempted or step == total)
             if preempted:
                 stop(
                     f"stopped by SIGTERM after step {step}, which is saved; the same"
@@ -418,21 +435,17 @@ def _terms(metrics) -> list[str]:
     return [name for name in metrics if name not in others]
 
 
-def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
-    """Makes the run's folder; a used one is refused."""
-    used = (folder / "config.toml").exists()
+def _check_folder(config: PretrainConfig, folder: Path) -> None:
+    """Refuses a folder that is not a run's, before anything is written there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
-    if folder.exists() and any(folder.iterdir()) and not used:
+    used = (folder / "config.toml").exists()
+    if not used and folder.exists() and {*os.listdir(folder)} - {LOCK_NAME}:
         raise UserError(
             f"--output {folder}: holds files that are not of a run; choose another"
             " folder"
         )
-    if used and config.overwrite:
-        shutil.rmtree(folder)
-    elif used and config.resume:
-        _check_same_run(config, folder)
-    elif used:
+    if used and not (config.overwrite or config.resume):
         raise UserError(
             f"--output {folder}: holds a run; continue it with --resume, delete it"
             " with --overwrite, or choose another folder"
@@ -441,9 +454,27 @@ def _prepare_folder(config: PretrainConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def _prepare_folder(
+    config: PretrainConfig, folder: Path, about: dict[str, Any], display: Display
+) -> None:
+    """Empties the folder, or compares this run with the one that it holds."""
+    if config.overwrite:
+        with _writing(folder):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_NAME:
+                    path.unlink()
+    elif (folder / "config.toml").exists():
+        differences = compare(folder, about, config.allow_change)
+        if differences:
+            display.say(f"WARNING: {folder} was begun otherwise; other numbers follow:")
+        for line in differences:
+            display.say(f"  {line}")
+
+
 def _write_config(config: PretrainConfig, folder: Path) -> None:
-    # What a run is, not how it was started.
-    config = dataclasses.replace(config, resume=False, overwrite=False, multihost=False)
+    config = dataclasses.replace(config, **COMMAND)
     with _writing(folder), replacing(folder / "config.toml") as file:
         file.write(to_toml(config))
 
@@ -457,36 +488,6 @@ def _writing(folder: Path) -> Iterator[None]:
             f"--output {folder}: cannot be written ({error.strerror}); choose another"
             " folder"
         ) from error
-
-
-# What may differ between a run and its continuation: nothing that changes its numbers.
-_FREE = {"output", "log_every", "eval_every", "eval_examples", "final_examples"} | {
-    "checkpoint_every",
-    "eval_data",
-    "fsdp",
-    "multihost",
-    "data_dir",
-    "workers",
-    "resume",
-    "overwrite",
-}
-
-
-def _check_same_run(config: PretrainConfig, folder: Path) -> None:
-    before = load_config(folder)
-    differences = [
-        f"  {field.name}: {getattr(before, field.name)} there,"
-        f" {getattr(config, field.name)} now"
-        for field in dataclasses.fields(config)
-        if field.name not in _FREE
-        and getattr(before, field.name) != getattr(config, field.name)
-    ]
-    if differences:
-        raise UserError(
-            f"--resume: {folder} holds a run with other settings:\n"
-            + "\n".join(differences)
-            + "\ngive the same settings, or choose another --output"
-        )
 
 
 def load_config(folder: Path) -> PretrainConfig:
@@ -547,11 +548,10 @@ def evaluate(
         run = build(dataclasses.replace(config, fsdp=fsdp), source)
         source, test = _read(source, display), _read(test, display)
     untrained = run.init()
-    checkpoints = Checkpoints(folder)
-    try:
+    with Checkpoints(folder, writable=False, say=display.say) as checkpoints:
         state = checkpoints.restore(untrained)
-    finally:
-        checkpoints.close()
+    if state is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint yet")
     display.say(f"{folder}: step {int(state.step)} of {config.steps}")
     results = {
         "data": data,
@@ -609,15 +609,7 @@ def _count_unreadable(source: Source, test: Source) -> str:
 def _header(run: Run, source: Source, test: Source):
     config = run.config
     assert config.steps
-    height, width, channels = source.image_shape
-    shape = f"{height} x {width} x {channels}"
-    if source.sizes_differ:
-        shape = f"several sizes, measured at {shape}"
-    yield (
-        "data",
-        f"{config.data}: {len(source):,} images of {shape}"
-        + (f", {source.num_classes} classes" if source.num_classes else ", no labels"),
-    )
+    yield "data", describe_data(config, source)
     yield "measured on", f"{config.eval_data}: {len(test):,} test images"
     size = config.image_size
     assert size
@@ -631,10 +623,7 @@ def _header(run: Run, source: Source, test: Source):
     if source.unreadable or test.unreadable:
         yield "", f"unreadable and replaced: {_count_unreadable(source, test)}"
     yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
-    for number, line in enumerate(str(run.recipe).splitlines()):
-        yield ("views" if number == 0 else ""), line
-    if run.crops:
-        yield "", "crops made by the loader, of full images; the rest on the device"
+    yield from describe_views(run.recipe, source)
     options = config.optimizer
     yield (
         "training",
@@ -655,12 +644,3 @@ def _header(run: Run, source: Source, test: Source):
         yield "", idle
     yield "settings", settings()
     yield "output", str(config.output)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "jemjax": __version__,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "numpy": np.__version__,
-    }

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl for programs, one progress bar for people."""
 
 import contextlib
+import io
 import json
 import os
 import time
@@ -25,31 +26,51 @@ from jemjax.errors import printable, printable_lines
 class MetricsFile:
     """`metrics.jsonl`: a line for each logged step, in order, each step once."""
 
-    def __init__(self, path: Path | None, first_step: int):
+    def __init__(
+        self,
+        path: Path | None,
+        first_step: int,
+        say: Callable[[str], None] = print,
+    ):
         """Opens the file, and removes lines of `first_step` and after.
 
         Those are of a run that was interrupted after its last checkpoint, and is now
         resumed from it; a last line that is cut off goes too. Without a path nothing
         is written.
         """
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        self._say, self._told, self._waiting = say, False, b""
         if path is None:
             return
         kept = [row for row in read_metrics(path) if row["step"] < first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        with replacing(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one line."""
+        """Appends one line; where the disk is full it waits for the next."""
         if self._file:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._waiting += json.dumps(row).encode() + b"\n"
+            self._append()
+
+    def _append(self) -> None:
+        assert self._file
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._say(
+                    f"WARNING: {self._file.name}: cannot be written ({error.strerror});"
+                    " its lines are kept until it can"
+                )
 
     def close(self) -> None:
         """Closes the file."""
         if self._file:
+            self._append()
             self._file.close()
 
 
@@ -57,7 +78,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, without a last line that a kill cut off."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:

@@ -57,7 +57,7 @@ def init_state(
     Returns:
         A `TrainState` at step 0.
     """
-    init_key, key = jax.random.split(key)
+    init_key, key = keys_of_run(key)
     outputs, variables = network.init_with_output(init_key, view, train=True)
     params = method.constrain(variables["params"])
     batch_stats = variables.get("batch_stats", {})
@@ -85,6 +85,12 @@ def init_state(
         target_batch_stats=target_batch_stats,
         loss_state=method.init_loss_state(jax.random.fold_in(init_key, 2), outputs),
     )
+
+
+def keys_of_run(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of a run's key, that of the parameters and that of the steps."""
+    init_key, key = jax.random.split(key)
+    return init_key, key
 
 
 def without_predictor(tree: Any) -> Any:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from jemjax.augment import ViewRecipe, finish_views, make_views
 from jemjax.augment.inputs import example_keys
@@ -76,14 +77,7 @@ def make_train_step(
 
         def embed_part(statistics, part):
             images, keys = part
-            view_keys, mask_keys, drop_keys = jax.vmap(
-                lambda key: jax.random.split(key, 3), out_axes=1
-            )(keys)
-            if isinstance(images, tuple):
-                views = finish_views(view_keys, images, recipe)
-            else:
-                views = make_views(view_keys, images, recipe)
-            masks = branches.masks(mask_keys)
+            views, masks, drop_keys = branches.see(keys, images)
             return branches.embed(
                 params, state.target_params, statistics, views, masks, drop_keys
             )
@@ -120,7 +114,7 @@ def make_train_step(
     def train_step(state: TrainState, images: Images):
         clock = Clock(state.step, steps_per_epoch, total_steps)
         count = len(jax.tree.leaves(images)[0])
-        keys = example_keys(jax.random.fold_in(state.key, state.step), count)
+        keys = keys_of_step(state.key, state.step, count)
 
         def loss_of_params(params):
             statistics, (online, target) = embed(params, state, images, keys)
@@ -184,6 +178,20 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
+def keys_of_step(key: jax.Array, step: ArrayLike, count: int) -> jax.Array:
+    """A key for each of the first rows of a step's global batch.
+
+    Args:
+        key: of the run's steps, `TrainState.key`.
+        step: how many steps have gone before.
+        count: the number of rows; more of them change nothing in the first ones.
+
+    Returns:
+        (count,) keys.
+    """
+    return example_keys(jax.random.fold_in(key, step), count)
+
+
 def _split(tree: Any, parts: int, mesh: Mesh) -> Any:
     """(N, ...) -> (parts, N / parts, ...): rows k, k + parts, ... are part k.
 
@@ -236,6 +244,26 @@ class Branches:
             and getattr(network, "predictor", None) is None
             and self.online_views == self.target_views
         )
+
+    def see(
+        self, keys: jax.Array, images: Images
+    ) -> tuple[
+        tuple[jax.Array, ...], dict[int, tuple[jax.Array, int | None]], jax.Array
+    ]:
+        """What a step makes of images: views, masks, and keys to drop paths by.
+
+        Args:
+            keys: (N,), of `keys_of_step`.
+            images: (N, H, W, C) uint8, or for each view (N, size, size, C) crops.
+        """
+        view_keys, mask_keys, drop_keys = jax.vmap(
+            lambda key: jax.random.split(key, 3), out_axes=1
+        )(keys)
+        if isinstance(images, tuple):
+            views = finish_views(view_keys, images, self.recipe)
+        else:
+            views = make_views(view_keys, images, self.recipe)
+        return views, self.masks(mask_keys), drop_keys
 
     def masks(self, keys: jax.Array) -> dict[int, tuple[jax.Array, int | None]]:
         """For each online view its mask, and how many patches are left."""

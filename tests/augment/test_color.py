@@ -179,6 +179,17 @@ def test_solarize_inverts_from_the_threshold():
     )
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_denormalize_is_the_inverse_of_normalize(images, channels):
+    images = images[..., :channels]
+    for mean, std in [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (0.4, 0.2)]:
+        normalized = augment.normalize(images, mean, std)
+        assert np.abs(normalized - images).max() > 0.5
+        np.testing.assert_allclose(
+            augment.denormalize(normalized, mean, std), images, atol=1e-6
+        )
+
+
 def test_normalize_one_channel_by_the_mean_of_three(gray_images):
     expected = (gray_images - 0.449) / 0.226
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

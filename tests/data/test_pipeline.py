@@ -43,6 +43,7 @@ def test_batches_hold_images_with_their_labels():
     assert batch["image"].shape == (8, 2, 3, 1) and batch["image"].dtype == np.uint8
     assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+    np.testing.assert_array_equal(batch["index"], batch["label"])
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
@@ -108,7 +109,7 @@ def cropped(source, count, **options):
 
 def test_crops_take_the_place_of_images(several_sizes):
     batch = next(batches(several_sizes, batch_size=8, seed=3, crops=CROPS))
-    assert set(batch) == {"views", "label"}
+    assert set(batch) == {"views", "label", "index"}
     assert [view.shape for view in batch["views"]] == [
         (8, crop.size, crop.size, 3) for crop in CROPS
     ]

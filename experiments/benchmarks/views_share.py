@@ -1,0 +1,85 @@
+"""What share of a training step its views take: VICReg at 32 pixels."""
+
+from harness import Contender, Workload
+from views import JEMJAX, made_by_recipe, photos
+
+STEP = "the whole step"
+
+
+def built(backbone, batch_size, color=None):
+    """VICReg's run with its recipe for small images, and a batch on the device."""
+    from jemjax.runtime import tune_cpu
+
+    tune_cpu()  # before jax starts
+    import jax
+
+    from jemjax.data.sources import ArraySource
+    from jemjax.methods import METHODS
+    from jemjax.training.config import PretrainConfig, ViewOptions, resolve
+    from jemjax.training.loop import build
+
+    images = photos(batch_size, 32)
+    source = ArraySource(images, name="photos")
+    config = PretrainConfig(
+        METHODS["vicreg"](),
+        backbone=backbone,
+        batch_size=batch_size,
+        steps=1000,
+        views=ViewOptions(color=color),
+    )
+    return build(resolve(config, source), source), jax.device_put(images)
+
+
+def step(**sizes):
+    """From the uint8 batch to the updated state, which is donated."""
+    run, images = built(**sizes)
+    state = run.init()
+
+    def call():
+        nonlocal state
+        state, metrics = run.step(state, images)
+        return metrics
+
+    return call
+
+
+def faithful_views(**sizes):
+    """What the step does to the batch before the network sees it, alone."""
+    run, images = built(**sizes)
+    return made_by_recipe(run.recipe, images)
+
+
+def fused_views(**sizes):
+    """The same with color changes as one matrix an image."""
+    return faithful_views(color="fused", **sizes)
+
+
+def workload(backbone, batch_size, target):
+    """The share for one backbone."""
+
+    def of_views(name, setup):
+        return Contender(name, setup, JEMJAX, peer=False, targets={STEP: target})
+
+    return Workload(
+        name=f"views_share/{backbone}",
+        title=(
+            f"VICReg's step with {backbone} for {batch_size} uint8 images of 32 x 32,"
+            " from the images to the updated parameters, and its views alone: as the"
+            " recipe has them, which is faithful, and fused."
+        ),
+        contenders=(
+            Contender(STEP, step, JEMJAX, peer=False),
+            of_views("views, faithful", faithful_views),
+            of_views("views, fused", fused_views),
+        ),
+        baselines=(STEP,),
+        sizes={"backbone": backbone, "batch_size": batch_size},
+        items=batch_size,
+        share=True,
+    )
+
+
+WORKLOADS = (
+    workload("resnet-narrow", 256, 0.15),
+    workload("resnet18", 64, 0.05),
+)
