@@ -168,10 +168,12 @@ def see(
     originals = images
     if isinstance(source, EncodedSource) and crops:
         channels = source.image_shape[2]
-        originals = [
-            read_image(example.file, (None, None, channels), example.where, run.reading)
-            for example in source.encoded(batch["index"][:count])
-        ]
+        originals, _ = source.read_each(
+            batch["index"][:count],
+            lambda _, example: read_image(
+                example.file, (None, None, channels), example.where, run.reading
+            ),
+        )
 
     def make(key: jax.Array, steps_before: jax.Array, images: Images):
         _, key = keys_of_run(key)
