@@ -14,7 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from jemjax.errors import CheckpointError, UserError
+from jemjax.errors import (
+    CheckpointError,
+    DataError,
+    UserError,
+    printable,
+    printable_lines,
+)
 
 # In the order of the lecture, as `methods.METHODS`, which would bring jax.
 METHOD_NAMES = (
@@ -37,7 +43,11 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"jemjax: {error}", file=sys.stderr)
+        print(f"jemjax: {printable_lines(str(error))}", file=sys.stderr)
+        if getattr(error, "hangs", False):  # Python would wait for the thread
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         if error.exit_code > 128:  # a thread that waits for a disk may never end
             leave = threading.Timer(5, os._exit, [error.exit_code])
             leave.daemon = True
@@ -265,11 +275,17 @@ def _replay(arguments: list[str]) -> None:
 
 def _data(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: jemjax data prepare KIND RAW --name NAME [--out FOLDER]\n")
+        print("usage: jemjax data prepare KIND RAW --name NAME [--out FOLDER]")
+        print("       jemjax data check PATH [options]\n")
         print("  prepare   make a TensorFlow Datasets set of raw files, for tfds:NAME")
+        print("  check     decode every image, and name what cannot be used")
         return
-    _choose("data command", arguments[0], ("prepare",))
+    commands = {"prepare": _data_prepare, "check": _data_check}
+    _choose("data command", arguments[0], tuple(commands))
+    commands[arguments[0]](arguments[1:])
 
+
+def _data_prepare(arguments: list[str]) -> None:
     def prepare(
         kind: Literal["idx", "cifar", "folder"],
         raw: str,
@@ -295,7 +311,51 @@ def _data(arguments: list[str]) -> None:
         place = f" --data-dir {out}" if out else ""
         print(f"use it with: jemjax pretrain vicreg --data tfds:{name}{place}")
 
-    _parse(prepare, "data prepare", arguments[1:])
+    _parse(prepare, "data prepare", arguments)
+
+
+def _data_check(arguments: list[str]) -> None:
+    def check(
+        path: str,
+        /,
+        min_size: int = 1,
+        value_range: tuple[float, float] | None = None,
+        max_pixels: int | None = None,
+        data_dir: str | None = None,
+    ) -> None:
+        """Decodes every image of a set, and names each file that cannot be used.
+
+        The exit code is 0 if all can be, and 3 if not.
+
+        Args:
+            path: a folder of images; digits, folder:PATH or tfds:NAME too.
+            min_size: the shorter side that an image must have, in pixels.
+            value_range: as of jemjax pretrain, of images of more than 8 bits.
+            max_pixels: as of jemjax pretrain, of an image.
+            data_dir: where prepared data sets are; unless given, TensorFlow Datasets'
+                own.
+        """
+        from jemjax.data import Reading
+        from jemjax.data.check import check
+        from jemjax.training.metrics import Display
+
+        given = {"value_range": value_range, "max_pixels": max_pixels}
+        display = Display()
+        findings = check(
+            path,
+            min_size=min_size,
+            reading=Reading(**{k: v for k, v in given.items() if v is not None}),
+            data_dir=data_dir,
+            progress=display.reading(printable(path)),
+        )
+        display.header(findings.name, findings.rows())
+        for sentence in (*findings.notes, *findings.small, *findings.unreadable):
+            display.say(sentence)
+        display.say("all is well" if findings.good else "not all images can be used")
+        if not findings.good:
+            sys.exit(DataError.exit_code)
+
+    _parse(check, "data check", arguments)
 
 
 def _checkpoint(arguments: list[str]) -> None:
@@ -375,7 +435,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str, str]] = {
     "replay": (_replay, "RUN", "find what was not finite in a step that was skipped"),
     "checkpoint": (_checkpoint, "COMMAND RUN", "list, verify or prune a run's states"),
     "preview": (_preview, "METHOD", "draw images and their views, before a run"),
-    "data": (_data, "prepare", "make a data set of raw files"),
+    "data": (_data, "prepare|check", "make a data set of raw files, or look at one"),
     "doctor": (_doctor, "", "check the installation and the devices"),
 }
 

@@ -1,5 +1,7 @@
 """What goes wrong through no fault of the library, told in a sentence."""
 
+import os
+
 
 class UserError(Exception):
     """A message for the person at the keyboard: what, where, got, expected, the fix.
@@ -13,9 +15,13 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Data that cannot be used: what, where, what was found, and the fix."""
+    """Data that cannot be used: what, where, what was found, and the fix.
+
+    Where `hangs` is true, a thread that reads them will not end by itself.
+    """
 
     exit_code = 3
+    hangs = False
 
 
 class DivergenceError(UserError):
@@ -32,3 +38,25 @@ class CheckpointError(UserError):
 
 class CheckpointDamaged(CheckpointError):
     """A saved state whose files are not those that were written."""
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Text in characters that show, whatever bytes a file is named by.
+
+    Control characters, line ends, marks that turn the direction of writing, and bytes
+    that are not UTF-8 are escaped.
+    """
+    return "".join(map(_printable, os.fspath(text)))
+
+
+def printable_lines(text: str) -> str:
+    """The same of text of several lines, which it remains."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

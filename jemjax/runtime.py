@@ -135,3 +135,21 @@ def make_deterministic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if _DETERMINISTIC_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC_FLAG}=true".strip()
+
+
+def idle_accelerator() -> str | None:
+    """A warning where the machine seems to have an accelerator that jax does not use.
+
+    None where jax uses one, where there is no sign of one, or where `JAX_PLATFORMS`
+    says that the CPU is meant.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" or jax.config.jax_platforms:
+        return None
+    if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+        return None
+    return (
+        f"warning: only {jax.devices()} is used, but there seems to be more; for a GPU"
+        " install jax[cuda13], for a TPU jax[tpu]"
+    )

@@ -1,6 +1,7 @@
 """Images and their labels, loaded by Grain. It imports neither jax nor TensorFlow."""
 
 from jemjax.data.crops import Crop
+from jemjax.data.images import Reading, read_image
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
@@ -11,7 +12,6 @@ from jemjax.data.sources import (
     in_memory,
     load_arrays,
     open_data,
-    read_image,
     spread,
 )
 from jemjax.errors import DataError
@@ -22,6 +22,7 @@ __all__ = [
     "DataError",
     "EncodedSource",
     "FolderSource",
+    "Reading",
     "Source",
     "TFDSSource",
     "batches",

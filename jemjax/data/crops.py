@@ -14,13 +14,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from jemjax.data.sources import (
+from jemjax.data.images import (
+    DEFAULT_READING,
     ORIENTATION,
-    EncodedSource,
+    Reading,
+    naming,
     opened,
     to_channels,
     upright_size,
 )
+from jemjax.data.sources import Encoded, EncodedSource
 
 TRIES = 10  # boxes that are drawn before the centered one is taken
 # Uniform numbers for a crop: area and aspect of each try, and the place.
@@ -86,15 +89,15 @@ def gather_crops(
     draws = [
         uniforms(seed, view, number * count, count) for view in range(len(crops))
     ]  # V of (b, DRAWS)
-    views = tuple(
-        np.empty((count, crop.size, crop.size, channels), np.uint8) for crop in crops
-    )
-    labels = np.empty(count, np.int32)
-    for row, (file, where, label) in enumerate(source.encoded(indices)):
-        made = read_crops(file, crops, [d[row] for d in draws], channels, where)
-        for view, pixels in zip(views, made, strict=True):
-            view[row] = pixels
-        labels[row] = label
+
+    def read(row: int, example: Encoded) -> list[np.ndarray]:
+        numbers = [d[row] for d in draws]
+        return read_crops(
+            example.file, crops, numbers, channels, example.where, source.reading
+        )
+
+    rows, labels = source.read_each(indices, read)
+    views = tuple(np.stack(view) for view in zip(*rows, strict=True))
     return {"views": views, "label": labels}
 
 
@@ -162,10 +165,11 @@ def read_crops(
     draws: Sequence[np.ndarray],
     channels: int,
     where: str,
+    reading: Reading = DEFAULT_READING,
 ) -> list[np.ndarray]:
     """Decodes an image once and makes its crops.
 
-    Channels and orientation are those of `jemjax.data.sources.read_image`. A JPEG is
+    Channels and orientation are those of `jemjax.data.images.read_image`. A JPEG is
     decoded at an eighth, a quarter or a half of its size where that leaves each box at
     least as many pixels as its crop has, in both directions.
 
@@ -175,6 +179,7 @@ def read_crops(
         draws: V of (DRAWS,), uniform in [0, 1).
         channels: C, 1 or 3.
         where: the name of the image in error messages.
+        reading: what the file leaves open.
 
     Returns:
         V arrays (size, size, C) uint8.
@@ -182,7 +187,7 @@ def read_crops(
     Raises:
         DataError: if it is no image, damaged, or not finite.
     """
-    with opened(file, where) as image:
+    with opened(file, where, reading) as image:
         if image.format != "JPEG":  # of others the header may not tell the whole
             ImageOps.exif_transpose(image, in_place=True)
         boxes = [
@@ -196,7 +201,8 @@ def read_crops(
             width, height = image.width // reduction, image.height // reduction
             image.draft(None, (width, height))
         ImageOps.exif_transpose(image, in_place=True)
-        image = to_channels(image, channels)
+        image = to_channels(image, channels, reading)
+    with naming(f"cropping {where}"):
         return [
             cut_out(image, box, reduction, crop)
             for box, crop in zip(boxes, crops, strict=True)

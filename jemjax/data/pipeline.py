@@ -1,17 +1,35 @@
 """The stream of training batches: a function of seed and step, and of nothing else."""
 
+import contextlib
+import faulthandler
 import functools
+import math
+import mmap
+import multiprocessing
+import multiprocessing.connection
 import operator
 import os
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jemjax.data import images
 from jemjax.data.crops import Crop, gather_crops
 from jemjax.data.sources import ArraySource, EncodedSource, Source
 from jemjax.errors import DataError
+
+# Seconds after which a batch that does not come is given up.
+TIMEOUT = 600.0
 
 
 def batches(
@@ -24,6 +42,7 @@ def batches(
     process_count: int = 1,
     workers: int = 0,
     crops: Sequence[Crop] = (),
+    timeout: float = TIMEOUT,
 ) -> "Batches":
     """This host's part of every global batch, without end.
 
@@ -43,6 +62,7 @@ def batches(
         crops: of the full images of an `EncodedSource`, which take the place of the
             images. What is drawn for them depends on the seed, the row's number since
             step 0 and the crop's number only.
+        timeout: seconds after which a batch that does not come is given up.
 
     Returns:
         An iterator of {"image": (b, H, W, C) uint8, "label": (b,) int32, "index": (b,)
@@ -52,7 +72,7 @@ def batches(
     Raises:
         ValueError: for numbers out of range, or crops of a source that is in memory.
         DataError: if the source is smaller than a batch, or, while iterating, if an
-            image cannot be read.
+            image cannot be read, or a worker ends or hangs.
     """
     _check(
         len(source),
@@ -62,9 +82,15 @@ def batches(
         process_index=process_index,
         process_count=process_count,
         workers=workers,
+        timeout=timeout,
     )
     if crops and not isinstance(source, EncodedSource):
         raise ValueError(f"crops: got a source {source.name}, expected image files")
+    gather: Any = functools.partial(_gather, source, tuple(crops), seed)
+    if isinstance(source, ArraySource):
+        workers = 0
+    elif workers and isinstance(source, EncodedSource):
+        gather = functools.partial(_gather_and_tell, source, gather)
     import grain  # it brings jax, which this package does not
 
     # Grain shuffles and slices indices; images are then gathered a batch at a time,
@@ -72,7 +98,6 @@ def batches(
     dataset: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
     # Before they are dealt out to the hosts, parts are numbered in the whole stream.
-    gather = functools.partial(_gather, source, tuple(crops), seed)
     dataset = dataset.map_with_index(gather)
     dataset = dataset[process_index::process_count][step:]
     # Batches wait in memory, so no more of them than threads that make them.
@@ -80,12 +105,19 @@ def batches(
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
-    if workers and not isinstance(source, ArraySource):
-        _mark_flags_as_parsed()
-        # Whole batches are dealt out to the workers and taken back in turn, so their
-        # number changes nothing.
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return Batches(iter(dataset))
+    if not workers:
+        return Batches(iter(dataset), source, timeout)
+    _mark_flags_as_parsed()
+    notes = Path(tempfile.mkdtemp(prefix="jemjax-workers-"))
+    # Whole batches are dealt out to the workers and taken back in turn, so their
+    # number changes nothing.
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers),
+        worker_init_fn=functools.partial(_start_worker, notes),
+    )
+    with _signals_wait():
+        iterator = iter(dataset)
+    return Batches(iterator, source, timeout, notes)
 
 
 def _gather(
@@ -98,18 +130,181 @@ def _gather(
     return {**batch, "index": indices}
 
 
+def _gather_and_tell(
+    source: EncodedSource, gather: Callable[..., Any], number: int, indices: np.ndarray
+) -> dict[str, Any]:
+    """In a worker: a batch, and what was found unreadable since the last one."""
+    before = len(source.unreadable)
+    batch = gather(number, indices)
+    found = list(source.unreadable.items())[before:]
+    return {**batch, "unreadable": tuple(found)}
+
+
 class Batches(Iterator[dict[str, Any]]):
     """Batches as plain arrays.
 
     Their workers end when it is closed or dropped, or Python exits.
     """
 
-    def __init__(self, iterator: Any):
+    def __init__(
+        self, iterator: Any, source: Source, timeout: float, notes: Path | None = None
+    ):
         self._iterators = [iterator]
-        self.close = weakref.finalize(self, _close, self._iterators)
+        self._source = source
+        self._timeout = timeout
+        self._notes = notes
+        self.close = weakref.finalize(self, _close, self._iterators, notes)
 
     def __next__(self) -> dict[str, Any]:
-        return {name: _plain(part) for name, part in next(self._iterators[0]).items()}
+        answers = queue.SimpleQueue()
+        # In a thread of its own, so that what does not come can be given up.
+        threading.Thread(
+            target=_fetch, args=(self._iterators[0], answers), daemon=True
+        ).start()
+        try:
+            batch, error = answers.get(timeout=self._timeout)
+        except queue.Empty:
+            raise self._stalled() from None
+        if isinstance(error, RuntimeError) and self._notes:
+            raise self._ended(error) from error
+        if error is not None:
+            raise error
+        for index, reason in batch.pop("unreadable", ()):
+            assert isinstance(self._source, EncodedSource)
+            self._source.note_unreadable(index, reason)
+        return {name: _plain(part) for name, part in batch.items()}
+
+    def _ended(self, error: RuntimeError) -> Exception:
+        """What to say of an error of Grain's, most of which are of ended workers."""
+        ended = [worker for worker in _workers(self._notes) if not worker.alive]
+        if not ended:
+            return error
+        worker = ended[0]
+        return DataError(
+            f"{self._source.name}: the process {worker.process} of --workers, which"
+            f" loads images, has ended, {worker.doing}; was it killed for want of"
+            " memory? Use fewer --workers, or a smaller --batch-size"
+        )
+
+    def _stalled(self) -> DataError:
+        """Tells what is being done, and lets go of what does not answer."""
+        if self._notes:
+            workers = _workers(self._notes)
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.process, signal.SIGUSR1)  # it writes its stack
+            time.sleep(0.5)
+            doing = [f"process {w.process} {w.doing}" for w in workers]
+            stacks = "\n".join(worker.stack for worker in workers)
+            print(stacks, file=sys.stderr)
+            for child in multiprocessing.active_children():
+                if child.pid in {worker.process for worker in workers}:
+                    child.kill()
+        else:
+            doing = [f"reading {where}" for where in images.now_reading.values()]
+            faulthandler.dump_traceback(2)
+            _ABANDONED.extend(self._iterators)  # closing it would wait for its threads
+            self._iterators.clear()
+        error = DataError(
+            f"{self._source.name}: no batch for {self._timeout:g} seconds"
+            f" ({'; '.join(doing) or 'no image is being read'}), see the stacks above;"
+            " does the disk or the network answer? --load-timeout SECONDS waits longer"
+        )
+        error.hangs = True
+        return error
+
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+# Iterators whose threads hang.
+_ABANDONED: list[Any] = []
+
+
+def _fetch(iterator: Any, answers: "queue.SimpleQueue[Any]") -> None:
+    try:
+        with _signals_wait():
+            batch = next(iterator)
+        answers.put((batch, None))
+    except BaseException as error:
+        answers.put((None, error))
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals are not for this thread, nor for processes that it starts.
+
+    A Ctrl-C reaches all processes of a terminal, and Slurm signals all of a step; it
+    must not take the workers away from a run that wants to end its step and save.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ------------------------------------------------------------------ worker processes
+
+
+class _Worker(NamedTuple):
+    """What a worker wrote about itself."""
+
+    process: int
+    alive: bool
+    doing: str
+    stack: str
+
+
+_NOTE_BYTES = 4096
+
+
+def _start_worker(notes: Path, index: int, count: int) -> None:
+    """Lets a worker say what it does, and end when the run does, however that ends."""
+    del count
+    note = notes / f"{index}.reading"
+    note.write_bytes(bytes(_NOTE_BYTES))
+    with note.open("r+b") as file:
+        page = mmap.mmap(file.fileno(), _NOTE_BYTES)
+
+    def tell(where: str) -> None:
+        page[:] = where.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0")
+
+    images.on_opening = tell
+    stack = (notes / f"{index}.stack").open("w")
+    faulthandler.enable(stack)
+    faulthandler.register(signal.SIGUSR1, stack)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    (notes / f"{index}.process").write_text(str(os.getpid()))
+    threading.Thread(target=_end_with_parent, args=(notes,), daemon=True).start()
+
+
+def _end_with_parent(notes: Path) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    shutil.rmtree(notes, ignore_errors=True)
+    os._exit(1)
+
+
+def _workers(notes: Path | None) -> list[_Worker]:
+    if notes is None:
+        return []
+    living = {child.pid for child in multiprocessing.active_children()}
+    workers = []
+    for path in sorted(notes.glob("*.process")):
+        note = path.with_suffix(".reading").read_bytes().rstrip(b"\0")
+        where = note.decode("utf-8", "replace")
+        process = int(path.read_text())
+        workers.append(
+            _Worker(
+                process,
+                process in living,
+                f"last reading {where}" if where else "before it read an image",
+                path.with_suffix(".stack").read_text(errors="replace"),
+            )
+        )
+    return workers
 
 
 def _plain(part: Any) -> Any:
@@ -119,10 +314,12 @@ def _plain(part: Any) -> Any:
     return part if type(part) is np.ndarray else np.array(part, subok=False)
 
 
-def _close(iterators: list[Any]) -> None:
+def _close(iterators: list[Any], notes: Path | None) -> None:
     """Closes Grain's iterator and lets go of it while Python can still clean up."""
     while iterators:
         iterators.pop().close()
+    if notes is not None:
+        shutil.rmtree(notes, ignore_errors=True)
 
 
 def _mark_flags_as_parsed() -> None:
@@ -142,7 +339,10 @@ def _check(
     process_index: int,
     process_count: int,
     workers: int,
+    timeout: float,
 ) -> None:
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout: got {timeout}, expected a positive number")
     ranges = {  # name: value, first allowed, first not allowed
         "batch_size": (batch_size, 1, None),
         "seed": (seed, 0, 2**32),

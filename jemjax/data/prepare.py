@@ -11,26 +11,20 @@ import io
 import logging
 import math
 import os
-import pickle
 import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickletools import genops
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from jemjax.data.sources import (
-    FolderSource,
-    Progress,
-    import_tfds,
-    open_data,
-    read_image,
-    show_path,
-)
-from jemjax.errors import DataError
+from jemjax.data.images import read_image
+from jemjax.data.sources import FolderSource, Progress, import_tfds, open_data
+from jemjax.errors import DataError, printable
 
 logger = logging.getLogger("jemjax.data")
 
@@ -57,6 +51,9 @@ IDX_CLASS_NAMES = {
     ),
     "mnist": tuple("0123456789"),
 }
+
+# What an idx file may unpack to, whatever its header says.
+MAX_IDX_BYTES = 2**32
 
 Example = dict[str, Any]
 
@@ -126,7 +123,7 @@ def prepare(
         return folder
     raw = Path(raw).expanduser()
     if not raw.is_dir():
-        raise DataError(f"no folder {show_path(str(raw))} of raw files; check the path")
+        raise DataError(f"no folder {printable(raw)} of raw files; check the path")
     _write(tfds, readers[kind](raw, name), name, version, out, progress)
     return folder
 
@@ -182,7 +179,7 @@ def _write(
             )
     except OSError as error:
         raise DataError(
-            f"{show_path(str(out))}: cannot be written ({error.strerror or error})"
+            f"{printable(out)}: cannot be written ({error.strerror or error})"
         ) from error
 
 
@@ -214,7 +211,7 @@ def _read_idx_set(raw: Path, name: str) -> RawSet:
     shapes = {images.shape[1:] for images, _ in arrays.values()}
     if len(shapes) > 1:
         raise DataError(
-            f"{show_path(str(raw))}: train and test images are of different sizes"
+            f"{printable(raw)}: train and test images are of different sizes"
         )
     highest = max(int(labels.max(initial=0)) for _, labels in arrays.values())
     class_names = IDX_CLASS_NAMES.get(name, tuple(map(str, range(highest + 1))))
@@ -249,17 +246,17 @@ def _find_idx(raw: Path, split: str, what: str) -> Path:
     candidates = plain or found
     if len(candidates) == 1:
         return candidates[0]
-    names = ", ".join(show_path(path.name) for path in candidates) or "none"
+    names = ", ".join(printable(path.name) for path in candidates) or "none"
     example = f"{marks[0]}-{what}-idx{3 if what == 'images' else 1}-ubyte.gz"
     raise DataError(
-        f"{show_path(str(raw))}: expected one file of {split} {what} such as {example},"
+        f"{printable(raw)}: expected one file of {split} {what} such as {example},"
         f" got {names}"
     )
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An idx file: 0, 0, type (8: bytes), dimensions, their sizes, the values."""
-    where = show_path(str(path))
+    where = printable(path)
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -274,6 +271,11 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
                 )
             shape = tuple(map(int, np.frombuffer(head, ">u4", offset=4)))
             expected = math.prod(shape)
+            if expected > MAX_IDX_BYTES:
+                raise DataError(
+                    f"{where}: its header says {expected:,} bytes of values, more than"
+                    f" the {MAX_IDX_BYTES:,} that are read; is it damaged?"
+                )
             values = file.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where}: cannot be read ({error}); fetch it again") from error
@@ -294,7 +296,7 @@ class _Cifar(NamedTuple):
 
     train: tuple[str, ...]
     test: tuple[str, ...]
-    meta: tuple[str, ...]  # of class names: a pickle, or a text file for each label
+    meta: tuple[str, ...]  # of class names: one file, or a text file for each label
     # label feature: its key in a Python batch, its key in the Python meta file
     labels: dict[str, tuple[str, str]]
 
@@ -326,7 +328,7 @@ _BINARY_META = {
 def _read_cifar_set(raw: Path, name: str) -> RawSet:
     folder, which, binary = _find_cifar(raw)
     if name in _PYTHON and name != which:
-        raise DataError(f"{show_path(str(folder))}: holds {which}, not {name}")
+        raise DataError(f"{printable(folder)}: holds {which}, not {name}")
     files = _PYTHON[which]
     class_names = _read_cifar_names(folder, which, binary)
     arrays = {}
@@ -340,7 +342,7 @@ def _read_cifar_set(raw: Path, name: str) -> RawSet:
             highest = int(labels[:, column].max(initial=0))
             if highest >= len(known):
                 raise DataError(
-                    f"{show_path(str(folder))}: a {key} of {highest} in {split}, but"
+                    f"{printable(folder)}: a {key} of {highest} in {split}, but"
                     f" only {len(known)} class names; the files are damaged or mixed"
                 )
         arrays[split] = images, labels
@@ -371,7 +373,7 @@ def _find_cifar(raw: Path) -> tuple[Path, str, bool]:
             if (folder / files.test[0]).is_file():
                 return folder, which, False
     raise DataError(
-        f"{show_path(str(raw))}: no CIFAR files, expected test_batch (CIFAR-10) or"
+        f"{printable(raw)}: no CIFAR files, expected test_batch (CIFAR-10) or"
         " test (CIFAR-100), with or without .bin; unpack the archive first"
     )
 
@@ -387,7 +389,7 @@ def _read_cifar_names(
         ]
     else:
         path = folder / _PYTHON[which].meta[0]
-        meta = _unpickle(_read_file(path), show_path(str(path)))
+        meta = _read_python(_read_file(path), printable(path))
         lists = [meta.get(meta_key, []) for _, meta_key in labels.values()]
     names = [tuple(filter(None, map(_text, names))) for names in lists]
     return dict(zip(labels, names, strict=True))
@@ -401,7 +403,7 @@ def _read_cifar_binary(
     record = len(labels) + 3072
     if not len(values) or len(values) % record:
         raise DataError(
-            f"{show_path(str(path))}: is damaged: {len(values):,} bytes are no multiple"
+            f"{printable(path)}: is damaged: {len(values):,} bytes are no multiple"
             f" of a record's {record:,}; fetch it again"
         )
     records = values.reshape(-1, record)
@@ -411,8 +413,8 @@ def _read_cifar_binary(
 def _read_cifar_python(
     path: Path, labels: dict[str, tuple[str, str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    where = show_path(str(path))
-    batch = _unpickle(_read_file(path), where)
+    where = printable(path)
+    batch = _read_python(_read_file(path), where)
     try:
         planes = batch["data"].values()
         columns = [np.asarray(batch[key], np.uint8) for key, _ in labels.values()]
@@ -433,7 +435,7 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{show_path(str(path))}: cannot be read ({error.strerror}), expected a"
+            f"{printable(path)}: cannot be read ({error.strerror}), expected a"
             " file of the official archive; unpack it again"
         ) from error
 
@@ -444,59 +446,132 @@ def _text(value: Any) -> str:
     ).strip()
 
 
-def _unpickle(data: bytes, where: str) -> dict[str, Any]:
+def _read_python(data: bytes, where: str) -> dict[str, Any]:
     """A file of CIFAR's Python archives, without letting it run anything.
 
-    A pickle names the functions that build its objects. Here each name that such a
-    file needs stands for a stand-in that only keeps what it is given; any other name
-    is refused, so a hostile file can do no more than be called damaged.
+    Such a file is a program for a machine that builds objects by calling functions
+    which it names. Here its instructions are only read: dictionaries, lists and
+    numbers are made of them, what stands for an array of bytes is kept, and any other
+    name is refused.
     """
     try:
-        content = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
-        return {_text(key): value for key, value in content.items()}
-    except Exception as error:  # a damaged pickle raises almost anything
+        return {_text(key): value for key, value in _build(data).items()}
+    except Exception as error:  # a damaged file raises almost anything
         raise DataError(
-            f"{where}: is no file of CIFAR's Python archive ({error}); fetch it again"
+            f"{where}: is no file of CIFAR's Python archive"
+            f" ({printable(str(error))[:200]}); fetch it again"
         ) from error
 
 
-class _CifarUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        stand_ins = {
-            "numpy.core.multiarray._reconstruct": lambda *_: _PickledArray(),
-            "numpy._core.multiarray._reconstruct": lambda *_: _PickledArray(),
-            "numpy.ndarray": None,
-            "numpy.dtype": lambda kind, *_: _PickledType(kind),
-            # how Python 3 writes bytes for Python 2
-            "_codecs.encode": lambda text, _: text.encode("latin-1"),
-        }
-        name = f"{module_name}.{global_name}"
-        if name not in stand_ins:
-            raise pickle.UnpicklingError(f"it asks for {name}")
-        return stand_ins[name]
+class _Name(NamedTuple):
+    """A function that a file names."""
+
+    module: str
+    name: str
 
 
-class _PickledType:
-    """Stands for a numpy dtype."""
+class _Array:
+    """Stands for a numpy array."""
 
-    def __init__(self, kind: Any):
-        self.kind = _text(kind)
-
-    def __setstate__(self, state: Any) -> None:
-        del state  # byte order and fields: bytes have neither
-
-
-class _PickledArray:
-    """Stands for a numpy array of bytes."""
-
-    def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.type, self.fortran, self.data = state
+    type: Any = None
+    shape: Any = None
+    fortran: Any = None
+    data: Any = None
 
     def values(self) -> np.ndarray:
-        if self.type.kind not in ("u1", "|u1"):
-            raise ValueError(f"values of type {self.type.kind}, not bytes")
+        if self.type not in ("u1", "|u1"):
+            raise ValueError(f"values of type {self.type}, not bytes")
+        data = self.data
+        if isinstance(data, str):  # Python 2's bytes
+            data = data.encode("latin-1")
         order = "F" if self.fortran else "C"
-        return np.frombuffer(self.data, np.uint8).reshape(self.shape, order=order)
+        return np.frombuffer(data, np.uint8).reshape(self.shape, order=order)
+
+
+# Instructions whose argument is a value.
+_VALUES = set(
+    "INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING"
+    " SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES"
+    " BINBYTES8".split()
+)
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+}
+
+
+def _build(data: bytes) -> Any:
+    """What the instructions build, of values and stand-ins only."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memory: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    instructions: Iterator[tuple[Any, Any, Any]] = genops(data)
+    for instruction, argument, _ in instructions:
+        name = instruction.name
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memory[len(memory) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memory[argument])
+        elif name in ("LIST", "TUPLE", "DICT"):
+            items = since_mark()
+            pairs = zip(items[::2], items[1::2], strict=False)
+            made = {"LIST": list, "TUPLE": tuple, "DICT": dict}[name]
+            stack.append(made(pairs if name == "DICT" else items))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name in ("APPEND", "APPENDS"):
+            items = since_mark() if name == "APPENDS" else [stack.pop()]
+            stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name == "GLOBAL":
+            stack.append(_Name(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_Name(*stack[-2:])]
+        elif name == "REDUCE":
+            stack[-2:] = [_stand_in(*stack[-2:])]
+        elif name == "BUILD":
+            state = stack.pop()
+            array = stack[-1]
+            if isinstance(array, _Array):
+                _, array.shape, array.type, array.fortran, array.data = state
+            # Else of a numpy type: byte order and fields, which bytes do not have.
+        elif name == "STOP":
+            return stack.pop()
+        else:
+            raise ValueError(f"it asks for {name}")
+
+
+def _stand_in(function: _Name, arguments: tuple[Any, ...]) -> Any:
+    name = f"{function.module}.{function.name}"
+    if re.fullmatch(r"numpy\._?core\.multiarray\._reconstruct", name):
+        return _Array()
+    if name == "numpy.dtype":
+        return _text(arguments[0])
+    if name == "_codecs.encode":  # how Python 3 writes bytes for Python 2
+        return arguments[0].encode("latin-1")
+    raise ValueError(f"it asks for {name}")
 
 
 # ------------------------------------------------------------------ folders
@@ -529,7 +604,7 @@ def _read_folder(raw: Path, name: str) -> RawSet:
 
 def _encode(path: str, channels: int) -> bytes | Image.Image:
     """The file as it is if any reader sees it as we do, else its decoded pixels."""
-    pixels = read_image(path, (None, None, channels), show_path(path))
+    pixels = read_image(path, (None, None, channels), printable(path))
     with Image.open(path) as image:
         same = (
             image.format in ("JPEG", "PNG")

@@ -5,24 +5,37 @@ Grain, a thread pool or a loop can read it.
 """
 
 import abc
+import collections
 import concurrent.futures
-import contextlib
 import difflib
 import functools
 import hashlib
 import io
 import logging
 import math
+import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from jemjax.errors import DataError
+from jemjax.data.images import (
+    DEFAULT_READING,
+    EXTENSIONS,
+    Header,
+    Reading,
+    UnreadableImage,
+    fit,
+    read_header,
+    read_image,
+)
+from jemjax.errors import DataError, printable
+
+T = TypeVar("T")
 
 Split = Literal["train", "test"]
 Progress = Callable[[int, int], None]
@@ -31,29 +44,10 @@ Progress = Callable[[int, int], None]
 # a larger folder an evenly spread sample.
 HEADERS_READ = 20_000
 HEADERS_SAMPLED = 2_000
+# Files whose content is part of a fingerprint.
+FINGERPRINTED = 256
 # The side of the images of a set whose sizes differ.
 DEFAULT_IMAGE_SIZE = 256
-
-# What Pillow reads by itself. Formats that it only stubs (HDF5, GRIB) or hands to
-# another program (EPS) are left out, whatever a file of theirs is called.
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm"
-    " .pnm .jp2 .j2k .jpx .avif .tga .pcx .sgi .ico .icns .qoi".split()
-)
-_FORMATS = (
-    "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF TGA PCX SGI ICO ICNS QOI"
-).split()
-ORIENTATION = 0x0112  # of EXIF
-_GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
-_SIGNATURES = {
-    b"\xff\xd8\xff": "a JPEG image",
-    b"\x89PNG": "a PNG image",
-    b"GIF8": "a GIF image",
-    b"BM": "a BMP image",
-    b"RIFF": "a WebP image",
-    b"II*\0": "a TIFF image",
-    b"MM\0*": "a TIFF image",
-}
 
 logger = logging.getLogger("jemjax.data")
 
@@ -68,12 +62,17 @@ class Source(abc.ABC):
         sizes_differ: whether the images themselves are of several sizes, of which
             `image_shape` shows the centers only; crops of them are made of the files
             (`jemjax.data.crops`).
+        unreadable: of examples that could not be read so far, by index, and why;
+            others took their place.
+        survey: of the files' headers, where they were read.
     """
 
     name: str
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     sizes_differ: bool = False
+    unreadable: dict[int, str]
+    survey: "Survey | None" = None
 
     @property
     def num_classes(self) -> int:
@@ -97,9 +96,23 @@ class Source(abc.ABC):
         """A SHA-256 by which a resumed run sees that the data are other ones.
 
         Of image files their names below the folder, their labels and sizes in bytes,
-        which a copy on another machine shares; of a prepared set the same of its
-        files; of arrays their content.
+        and the content of 256 of them, which a copy on another machine shares; of a
+        prepared set the same of its files and records; of arrays their content.
         """
+
+
+class Survey(NamedTuple):
+    """What the headers of a set's images, or of a sample of them, say."""
+
+    looked_at: int
+    sizes: collections.Counter[tuple[int, int]]
+    """how many are of each (height, width)"""
+    channels: int
+    """1 if all are grey, else 3"""
+
+    def smaller_than(self, side: int) -> int:
+        """How many images have a shorter side of fewer pixels."""
+        return sum(n for size, n in self.sizes.items() if min(size) < side)
 
 
 class Encoded(NamedTuple):
@@ -115,9 +128,35 @@ class Encoded(NamedTuple):
 class EncodedSource(Source):
     """Images that are decoded each time they are asked for."""
 
+    def __init__(
+        self,
+        *,
+        name: str,
+        class_names: Sequence[str],
+        image_shape: tuple[int, int, int],
+        sizes_differ: bool,
+        reading: Reading,
+        survey: "Survey | None" = None,
+    ):
+        self.name = name
+        self.class_names = tuple(class_names)
+        self.image_shape = image_shape
+        self.sizes_differ = sizes_differ
+        self.reading = reading
+        self.survey = survey
+        self.unreadable = {}
+
     @abc.abstractmethod
     def encoded(self, indices: np.ndarray) -> list[Encoded]:
         """The examples as they are stored."""
+
+    def sample(self) -> Iterator[bytes]:
+        """The bytes of a few examples, evenly spread."""
+        for file, _, _ in self.encoded(spread(len(self), FINGERPRINTED)):
+            try:
+                yield Path(file).read_bytes() if isinstance(file, str) else file.read()
+            except OSError:  # what is wrong with it is told when it is read
+                yield b""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         batch = self.gather(np.array([index]))
@@ -125,10 +164,93 @@ class EncodedSource(Source):
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """A batch, each image brought to `image_shape`."""
-        examples = self.encoded(indices)
-        images = [read_image(e.file, self.image_shape, e.where) for e in examples]
-        labels = [example.label for example in examples]
-        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
+
+        def read(row: int, example: Encoded) -> np.ndarray:
+            del row
+            return read_image(
+                example.file, self.image_shape, example.where, self.reading
+            )
+
+        images, labels = self.read_each(indices, read)
+        return {"image": np.stack(images), "label": labels}
+
+    def read_each(
+        self, indices: np.ndarray, read: Callable[[int, Encoded], T]
+    ) -> tuple[list[T], np.ndarray]:
+        """Reads examples, or in place of each that cannot be read the one after it.
+
+        Which takes its place depends on the files only, so a resumed run, other hosts
+        and other workers see the same.
+
+        Args:
+            indices: (b,) of the examples.
+            read: a function of the row and the example.
+
+        Returns:
+            What `read` gave, and the labels (b,) int32.
+
+        Raises:
+            DataError: if an image cannot be read, or, where those are skipped, if
+                they are more than the share of them that is put up with.
+        """
+        results, labels = [], np.empty(len(indices), np.int32)
+        for row, example in enumerate(self.encoded(indices)):
+            index = int(indices[row])
+            while True:
+                try:
+                    results.append(read(row, example))
+                    break
+                except UnreadableImage as error:
+                    if self.reading.on_bad_image == "refuse":
+                        raise
+                    self.note_unreadable(index, str(error))
+                index = (index + 1) % len(self)
+                example = self.encoded(np.array([index]))[0]
+            if not -1 <= example.label < max(self.num_classes, 1):
+                raise DataError(
+                    f"{example.where}: has the label {example.label}, but there are"
+                    f" {self.num_classes} classes"
+                )
+            labels[row] = example.label
+        return results, labels
+
+    def note_unreadable(self, index: int, reason: str) -> None:
+        """Counts an image that cannot be read, and warns of it once.
+
+        Raises:
+            DataError: if they are more than is put up with.
+        """
+        if index in self.unreadable:
+            return
+        self.unreadable[index] = reason
+        if multiprocessing.parent_process() is None:  # that of a worker warns
+            logger.warning("%s; the next image takes its place", reason)
+        check_share(self.name, self.unreadable.values(), len(self), self.reading)
+
+
+def check_share(
+    name: str, reasons: Collection[str], images: int, reading: Reading
+) -> None:
+    """Refuses more unreadable images than a share of all.
+
+    Raises:
+        DataError: naming them.
+    """
+    if len(reasons) > reading.max_bad_share * images:
+        raise DataError(
+            f"{name}: {len(reasons):,} of {images:,} images cannot be read, more than"
+            f" the {reading.max_bad_share:.2%} of --max-bad-share:\n"
+            + list_reasons(reasons)
+        )
+
+
+def list_reasons(reasons: Iterable[str], most: int = 5) -> str:
+    """The first of them, a line each, and how many more there are."""
+    reasons = list(reasons)
+    lines = [f"  {reason}" for reason in reasons[:most]]
+    if len(reasons) > most:
+        lines.append(f"  and {len(reasons) - most:,} more")
+    return "\n".join(lines)
 
 
 def open_data(
@@ -137,6 +259,7 @@ def open_data(
     split: Split = "train",
     image_size: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    reading: Reading = DEFAULT_READING,
 ) -> Source:
     """Opens one part of a data set.
 
@@ -149,6 +272,7 @@ def open_data(
             side and cropping the center. Unless given, images keep their size if it
             is the same for all, and are 256 x 256 otherwise (but see `sizes_differ`).
         data_dir: where prepared TensorFlow Datasets are; unless given, their default.
+        reading: how image files are read, and what follows on those that cannot be.
 
     Raises:
         DataError: if there is no such data, or it cannot be used.
@@ -157,26 +281,29 @@ def open_data(
         raise ValueError(f"split: got {split!r}, expected 'train' or 'test'")
     if image_size is not None and image_size < 1:
         raise DataError(f"image size: got {image_size}, expected at least 1 pixel")
+    for problem in reading.problems():
+        raise DataError(problem)
     kind, _, rest = name.partition(":")
     if name == "digits":
         return _open_digits(split, image_size)
     if kind == "folder" and rest:
-        return _open_folder(name, os.path.expanduser(rest), split, image_size)
+        root = os.path.expanduser(rest)
+        return _open_folder(printable(name), root, split, image_size, reading)
     if kind == "tfds" and rest:
-        return _open_tfds(name, rest, split, image_size, data_dir)
-    raise DataError(f"unknown data {name!r}: {_suggestion(name)}")
+        return _open_tfds(printable(name), rest, split, image_size, data_dir, reading)
+    raise DataError(f"unknown data {printable(name)!r}: {_suggestion(name)}")
 
 
 def _suggestion(name: str) -> str:
     expected = "expected digits, folder:PATH or tfds:NAME"
     kind, colon, rest = name.partition(":")
     if os.path.isdir(os.path.expanduser(name)):
-        return f"did you mean folder:{name}?"
+        return f"did you mean folder:{printable(name)}?"
     near = difflib.get_close_matches(kind, ["digits", "folder", "tfds"], n=1)
     if near == ["digits"]:
         return "did you mean digits?"
     if near and rest:
-        return f"did you mean {near[0]}:{rest}?"
+        return f"did you mean {near[0]}:{printable(rest)}?"
     if not colon and not near and re.fullmatch(r"[a-z]\w*", name):
         return f"did you mean tfds:{name}? ({expected})"
     return expected
@@ -193,7 +320,7 @@ class ArraySource(Source):
         labels: (N,) integers, or None for images without labels.
         name: how messages call it.
         class_names: the name of each label; unless given, the labels' numbers.
-        fingerprint: of what was decoded; unless given, that of the arrays.
+        decoded_from: the source that was decoded, if one was.
     """
 
     def __init__(
@@ -203,7 +330,7 @@ class ArraySource(Source):
         *,
         name: str = "arrays",
         class_names: Sequence[str] | None = None,
-        fingerprint: str | None = None,
+        decoded_from: Source | None = None,
     ):
         if images.ndim != 4 or images.dtype != np.uint8:
             raise ValueError(
@@ -220,11 +347,20 @@ class ArraySource(Source):
         if class_names is None:
             class_names = [str(i) for i in range(labels.max(initial=-1) + 1)]
         self.images = images
+        if len(labels) and not -1 <= labels.min() <= labels.max() < max(
+            len(class_names), 1
+        ):
+            raise ValueError(
+                f"labels: got {labels.min()} to {labels.max()}, expected -1 (none) or"
+                f" those of {len(class_names)} classes"
+            )
         self.labels = labels.astype(np.int32)
         self.name = name
         self.class_names = tuple(class_names)
         self.image_shape = images.shape[1:]
-        self._fingerprint = fingerprint
+        self.unreadable = decoded_from.unreadable if decoded_from else {}
+        self.survey = decoded_from.survey if decoded_from else None
+        self._fingerprint = decoded_from.fingerprint() if decoded_from else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -299,15 +435,27 @@ def in_memory(
         *load_arrays(source, progress=progress),
         name=source.name,
         class_names=source.class_names,
-        fingerprint=source.fingerprint(),
+        decoded_from=source,
     )
 
 
-def _digest(source: Source, parts: Iterable[str | np.ndarray]) -> str:
-    """Of the classes, and of paths and arrays, each told from the next."""
+def _file_sizes(paths: Iterable[str]) -> np.ndarray:
+    """In bytes; -1 for a file of which no size is to be had."""
+
+    def size(path: str) -> int:
+        try:
+            return os.stat(path).st_size
+        except OSError:  # what is wrong with it is told when it is read
+            return -1
+
+    return np.array([size(path) for path in paths], np.int64)
+
+
+def _digest(source: Source, parts: Iterable[str | bytes | np.ndarray]) -> str:
+    """Of the classes, and of paths, contents and arrays, each told from the next."""
     digest = hashlib.sha256(repr(source.class_names).encode())
     for part in parts:
-        content = os.fsencode(part) if isinstance(part, str) else part.tobytes()
+        content = part.tobytes() if isinstance(part, np.ndarray) else os.fsencode(part)
         digest.update(len(content).to_bytes(8))
         digest.update(content)
     return digest.hexdigest()
@@ -370,6 +518,8 @@ class FolderSource(EncodedSource):
         class_names: the name of each label.
         image_shape: (H, W, C) to which every image is brought.
         sizes_differ: whether the images themselves are of several sizes.
+        reading: how they are read.
+        survey: of their headers.
     """
 
     def __init__(
@@ -377,19 +527,12 @@ class FolderSource(EncodedSource):
         root: str,
         files: Sequence[str],
         labels: np.ndarray,
-        *,
-        name: str,
-        class_names: Sequence[str],
-        image_shape: tuple[int, int, int],
-        sizes_differ: bool,
+        **options: Any,
     ):
+        super().__init__(**options)
         self.root = root
         self.files = files
         self.labels = labels
-        self.name = name
-        self.class_names = tuple(class_names)
-        self.image_shape = image_shape
-        self.sizes_differ = sizes_differ
 
     def __len__(self) -> int:
         return len(self.files)
@@ -403,17 +546,17 @@ class FolderSource(EncodedSource):
         examples = []
         for index in indices.tolist():
             path = self.path(index)
-            examples.append(Encoded(path, show_path(path), int(self.labels[index])))
+            examples.append(Encoded(path, printable(path), int(self.labels[index])))
         return examples
 
     def fingerprint(self) -> str:
         """Of the names, labels and sizes of the files."""
         sizes = _file_sizes(map(self.path, range(len(self))))
-        return _digest(self, [*self.files, self.labels, sizes])
+        return _digest(self, [*self.files, self.labels, sizes, *self.sample()])
 
 
 def _open_folder(
-    name: str, root: str, split: Split, image_size: int | None
+    name: str, root: str, split: Split, image_size: int | None, reading: Reading
 ) -> FolderSource:
     """Opens `train/CLASS/*` with `test` or `val`, `CLASS/*`, or a flat folder."""
     if not os.path.isdir(root):
@@ -421,11 +564,11 @@ def _open_folder(
     parts, class_names = _list_parts(name, root)
     if not parts[split]:
         raise DataError(
-            f"{name}: {show_path(root)} holds {len(parts['train'] + parts['test'])}"
+            f"{name}: {printable(root)} holds {len(parts['train'] + parts['test'])}"
             f" image(s), too few for a {split} part; add images"
         )
     everything = [file for part in parts.values() for file, _ in part]
-    sizes, channels = _survey_folder(name, root, everything)
+    survey = _survey_folder(name, root, everything, reading)
     files, labels = zip(*parts[split], strict=True)
     return FolderSource(
         root,
@@ -433,9 +576,33 @@ def _open_folder(
         np.asarray(labels, np.int32),
         name=name,
         class_names=class_names,
-        image_shape=(*_choose_size(sizes, image_size), channels),
-        sizes_differ=image_size is None and len(sizes) > 1,
+        image_shape=(*_choose_size(survey.sizes, image_size), survey.channels),
+        sizes_differ=image_size is None and len(survey.sizes) > 1,
+        reading=reading,
+        survey=survey,
     )
+
+
+def open_folder_parts(
+    name: str, root: str, reading: Reading
+) -> dict[str, FolderSource]:
+    """Both parts of a folder, whatever their images are like; no file is opened."""
+    if not os.path.isdir(root):
+        raise DataError(f"{name}: {_why_no_folder(root)}")
+    parts, class_names = _list_parts(name, root)
+    return {
+        part: FolderSource(
+            root,
+            [file for file, _ in items],
+            np.array([label for _, label in items], np.int32),
+            name=name,
+            class_names=class_names,
+            image_shape=(DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE, 3),
+            sizes_differ=True,
+            reading=reading,
+        )
+        for part, items in parts.items()
+    }
 
 
 def _list_parts(
@@ -450,7 +617,7 @@ def _list_parts(
     groups = _group(name, root, base)
     if not groups:
         raise DataError(
-            f"{name}: no images below {show_path(os.path.join(root, base))}, expected"
+            f"{name}: no images below {printable(os.path.join(root, base))}, expected"
             f" files such as {', '.join(sorted(EXTENSIONS)[:6])}; check the path"
         )
     # A single class folder says nothing about its images.
@@ -460,7 +627,7 @@ def _list_parts(
         test_groups = _group(name, root, test_folder)
         strangers = [n for n in test_groups if class_names and n not in class_names]
         if strangers:
-            what = f"a class {show_path(strangers[0])}" if strangers[0] else "images"
+            what = f"a class {printable(strangers[0])}" if strangers[0] else "images"
             raise DataError(
                 f"{name}: {test_folder} holds {what} outside of the"
                 f" {len(class_names)} classes of train; give both the same class"
@@ -469,7 +636,7 @@ def _list_parts(
         test = _label(test_groups, class_names)
     else:
         train, test = _hold_out(train)
-    return {"train": train, "test": test}, list(map(show_path, class_names))
+    return {"train": train, "test": test}, list(map(printable, class_names))
 
 
 def _label(
@@ -502,8 +669,8 @@ def _group(name: str, root: str, base: str) -> dict[str, list[str]]:
     groups = {group: files for group, files in groups.items() if files}
     if groups and images:
         raise DataError(
-            f"{name}: images lie beside class folders ({show_path(images[0])} beside"
-            f" {show_path(next(iter(groups)))}), so their class is unknown; move them"
+            f"{name}: images lie beside class folders ({printable(images[0])} beside"
+            f" {printable(next(iter(groups)))}), so their class is unknown; move them"
             " into a folder"
         )
     return {"": images} if images else groups
@@ -530,34 +697,40 @@ def _scan(root: str, folder: str) -> tuple[list[str], list[str]]:
                 below = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.append(below)
                 elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                     images.append(below)
     except OSError as error:
-        where = show_path(os.path.join(root, folder))
+        where = printable(os.path.join(root, folder))
         raise DataError(f"{where}: cannot be listed ({error.strerror})") from error
     return sorted(folders, key=os.fsencode), sorted(images, key=os.fsencode)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for one
+        return False
+
+
 def _why_no_folder(root: str) -> str:
-    shown = show_path(root)
+    shown = printable(root)
     if os.path.exists(root):
         return f"{shown} is a file, expected a folder of images"
     parent, last = os.path.split(os.path.abspath(root))
     beside = os.listdir(parent) if os.access(parent, os.R_OK) else []
     near = difflib.get_close_matches(last, beside, n=1)
-    hint = f"did you mean {show_path(os.path.join(parent, near[0]))}?" if near else ""
+    hint = f"did you mean {printable(os.path.join(parent, near[0]))}?" if near else ""
     return f"there is no folder {shown}; {hint or 'check the path'}"
 
 
 def _survey_folder(
-    name: str, root: str, files: Sequence[str]
-) -> tuple[set[tuple[int, int]], int]:
-    """The sizes of the images, and their channels, from the headers of the files.
+    name: str, root: str, files: Sequence[str], reading: Reading
+) -> "Survey":
+    """The headers of the files; of more than `HEADERS_READ` those of a sample.
 
-    One channel if all images are grey. Of a folder of more than `HEADERS_READ` files
-    a sample is looked at; an image that differs is brought to the shape when read.
+    What differs from the sample is brought to the shape when it is read.
     """
     if len(files) > HEADERS_READ:
         indices = spread(len(files), HEADERS_SAMPLED)
@@ -569,17 +742,69 @@ def _survey_folder(
         )
     else:
         indices = np.arange(len(files))
-    sizes, grey = set(), True
-    for index in indices.tolist():
-        path = os.path.join(root, files[index])
-        height, width, is_grey = read_header(path, show_path(path))
-        sizes.add((height, width))
-        grey = grey and is_grey
-    return sizes, 1 if grey else 3
+    paths = tuple(os.path.join(root, files[index]) for index in indices.tolist())
+    return _survey(name, paths, _stamp(paths), reading)
+
+
+def _stamp(paths: Iterable[str]) -> bytes:
+    """Sizes and times of change, by which a survey is known to hold still."""
+
+    def stamp(path: str) -> tuple[int, int]:
+        try:
+            status = os.stat(path)
+        except OSError:  # what is wrong with it is told when it is read
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
+
+    return np.array([stamp(path) for path in paths], np.int64).tobytes()
+
+
+# Train and test part of a folder are of one survey.
+@functools.lru_cache(maxsize=4)
+def _survey(
+    name: str, paths: tuple[str, ...], stamp: bytes, reading: Reading
+) -> "Survey":
+    del stamp  # changes with the files
+
+    def header(path: str) -> Header | UnreadableImage:
+        try:
+            return read_header(path, printable(path), reading)
+        except UnreadableImage as error:
+            return error
+
+    threads = min(16, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(header, paths))
+    bad = [str(item) for item in found if isinstance(item, UnreadableImage)]
+    headers = [item for item in found if isinstance(item, Header)]
+    if bad and reading.on_bad_image == "refuse":
+        if len(bad) == 1:
+            raise DataError(bad[0])
+        raise DataError(
+            f"{name}: {len(bad):,} of {len(paths):,} images cannot be read:\n"
+            f"{list_reasons(bad)}\n`jemjax data check` lists them, and"
+            " --on-bad-image skip goes on without them"
+        )
+    if bad:
+        check_share(name, bad, len(paths), reading)
+    moving = [p for p, h in zip(paths, found, strict=True) if getattr(h, "frames", 0)]
+    if moving:
+        logger.warning(
+            "%s: %d of %d images hold several frames, of which the first is used (%s)",
+            name,
+            len(moving),
+            len(paths),
+            printable(moving[0]),
+        )
+    return Survey(
+        looked_at=len(paths),
+        sizes=collections.Counter((h.height, h.width) for h in headers),
+        channels=1 if all(h.grey for h in headers) else 3,
+    )
 
 
 def _choose_size(
-    sizes: set[tuple[int, int]], image_size: int | None
+    sizes: Collection[tuple[int, int]], image_size: int | None
 ) -> tuple[int, int]:
     if image_size is None and len(sizes) == 1:
         return next(iter(sizes))
@@ -596,31 +821,25 @@ class TFDSSource(EncodedSource):
     Args:
         records: what `as_data_source` gave, its images still encoded.
         keys: of the image and, if there is one, of the label.
+        files: of the split.
         name: how `open_data` calls it.
         class_names: the name of each label.
         image_shape: (H, W, C) to which every image is brought.
         sizes_differ: whether the images themselves are of several sizes.
-        files: of the split.
+        reading: how they are read.
     """
 
     def __init__(
         self,
         records: Any,
         keys: tuple[str, str | None],
-        *,
-        name: str,
-        class_names: Sequence[str],
-        image_shape: tuple[int, int, int],
-        sizes_differ: bool,
         files: Sequence[str],
+        **options: Any,
     ):
+        super().__init__(**options)
         self.records = records
-        self.files = files
         self.keys = keys
-        self.name = name
-        self.class_names = tuple(class_names)
-        self.image_shape = image_shape
-        self.sizes_differ = sizes_differ
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.records)
@@ -643,7 +862,8 @@ class TFDSSource(EncodedSource):
     def fingerprint(self) -> str:
         """Of the number of examples, and of the names and sizes of the files."""
         names = [os.path.basename(path) for path in self.files]
-        return _digest(self, [str(len(self)), *names, _file_sizes(self.files)])
+        sizes = _file_sizes(self.files)
+        return _digest(self, [str(len(self)), *names, sizes, *self.sample()])
 
 
 def _open_tfds(
@@ -652,6 +872,7 @@ def _open_tfds(
     split: Split,
     image_size: int | None,
     data_dir: str | os.PathLike[str] | None,
+    reading: Reading,
 ) -> TFDSSource:
     tfds = import_tfds()
     folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -691,17 +912,24 @@ def _open_tfds(
         # Each costs a read of the whole record.
         for index in spread(len(examples), 256 if image_size is None else 1):
             encoded = io.BytesIO(examples[int(index)][keys[0]])
-            sizes.add(read_header(encoded, f"{name}[{index}]")[:2])
+            try:
+                sizes.add(read_header(encoded, f"{name}[{index}]", reading)[:2])
+            except UnreadableImage:
+                if reading.on_bad_image == "refuse":
+                    raise
     else:
         sizes = {(height, width)}
     return TFDSSource(
         examples,
         keys,
+        [os.fspath(path) for path in builder.info.splits[part].filepaths],
         name=name,
-        class_names=builder.info.features[keys[1]].names if keys[1] else (),
+        class_names=map(printable, builder.info.features[keys[1]].names or ())
+        if keys[1]
+        else (),
         image_shape=(*_choose_size(sizes, image_size), 1 if channels == 1 else 3),
         sizes_differ=image_size is None and len(sizes) > 1,
-        files=[os.fspath(path) for path in builder.info.splits[part].filepaths],
+        reading=reading,
     )
 
 
@@ -756,9 +984,18 @@ def _prepared_folder(name: str, rest: str, data_dir: Path) -> Path:
 
 
 def _how_to_prepare(below: str) -> str:
+    """Nothing is downloaded here: what makes the set, and what reads images as is."""
+    if below.split("/")[0] == "imagenet2012":  # not to be had without an account
+        return (
+            "get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org"
+            f" and, where TensorFlow is, tfds build {below} --manual_dir=FOLDER_OF_BOTH"
+            " --file_format=array_record; or unpack them into train/CLASS/ and"
+            " val/CLASS/, and use --data folder:PATH"
+        )
     return (
         f"make it of raw files with jemjax data prepare KIND RAW --name {below}, or,"
-        f" where TensorFlow is, with tfds build {below} --file_format=array_record"
+        f" where TensorFlow is, with tfds build {below} --file_format=array_record; or"
+        " use images as they are with --data folder:PATH"
     )
 
 
@@ -779,193 +1016,3 @@ def _feature_keys(name: str, info) -> tuple[str, str | None]:
     supervised = (info.supervised_keys or (None, None))[1]
     label = next((key for key in ("label", supervised) if key in labels), None)
     return image, label
-
-
-# ------------------------------------------------------------------ images
-
-
-def _file_sizes(paths: Iterable[str]) -> np.ndarray:
-    """In bytes; -1 for a file of which no size is to be had."""
-
-    def size(path: str) -> int:
-        try:
-            return os.stat(path).st_size
-        except OSError:  # what is wrong with it is told when it is read
-            return -1
-
-    return np.array([size(path) for path in paths], np.int64)
-
-
-def show_path(path: str) -> str:
-    """The path in printable characters, whatever bytes a file is named by."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-@contextlib.contextmanager
-def opened(file: str | io.BytesIO, where: str) -> Iterator[Image.Image]:
-    """An image of which the header is read; what is found wrong with it is named.
-
-    Args:
-        file: a path, or a file in memory.
-        where: the name of the image in error messages.
-
-    Raises:
-        DataError: if it is no image, damaged, or not finite.
-    """
-    try:
-        with Image.open(file, formats=_formats()) as image:
-            yield image
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything
-        raise _unreadable(file, where, error) from error
-
-
-def read_header(file: str | io.BytesIO, where: str) -> tuple[int, int, bool]:
-    """Height, width (upright) and whether grey, without decoding the pixels."""
-    with opened(file, where) as image:
-        return (*upright_size(image), image.mode in _GREY_MODES)
-
-
-def read_image(
-    file: str | io.BytesIO, shape: tuple[int | None, int | None, int], where: str
-) -> np.ndarray:
-    """Decodes one image.
-
-    EXIF orientation is applied, transparency is laid on white, 16-bit, 32-bit and
-    float images are scaled by their range, and the image is resized (antialiased,
-    bicubic) until it covers the shape and cropped to its center.
-
-    Args:
-        file: a path, or a file in memory.
-        shape: (H, W, C) of the result, C being 1 or 3; H and W of None keep the
-            image's own.
-        where: the name of the image in error messages.
-
-    Returns:
-        (H, W, C) uint8.
-
-    Raises:
-        DataError: if it is no image, damaged, or not finite.
-    """
-    with opened(file, where) as image:
-        return _to_array(image, shape)
-
-
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resizes until (height, width) is covered and crops to the center."""
-    if image.size == (width, height):
-        return image
-    scale = max(height / image.height, width / image.width)
-    left = (image.width - width / scale) / 2
-    top = (image.height - height / scale) / 2
-    box = (left, top, left + width / scale, top + height / scale)
-    # Rounding must not put the box a hair outside of the image.
-    box = (max(box[0], 0), max(box[1], 0)) + (
-        min(box[2], image.width),
-        min(box[3], image.height),
-    )
-    return image.resize((width, height), Image.Resampling.BICUBIC, box)
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width after the EXIF orientation is applied, from the header."""
-    width, height = image.size
-    return (width, height) if _lies_on_its_side(image) else (height, width)
-
-
-def _lies_on_its_side(image: Image.Image) -> bool:
-    """Whether applying the EXIF orientation swaps height and width."""
-    # A TIFF's size is upright already; a PNG without EXIF would be decoded to look.
-    if image.format == "TIFF" or not {"exif", "xmp"} & image.info.keys():
-        return False
-    return image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-
-
-def _to_array(
-    image: Image.Image, shape: tuple[int | None, int | None, int]
-) -> np.ndarray:
-    height, width, channels = shape
-    if image.format == "JPEG" and height and width:
-        # JPEG decodes to an eighth, a quarter or a half at a fraction of the time;
-        # twice the wanted size is kept for the antialiased resize.
-        upright = (width, height)
-        across, down = upright[::-1] if _lies_on_its_side(image) else upright
-        scale = 2 * max(across / image.width, down / image.height)
-        image.draft(
-            None, (math.ceil(image.width * scale), math.ceil(image.height * scale))
-        )
-    ImageOps.exif_transpose(image, in_place=True)
-    image = to_channels(image, channels)
-    if height and width:
-        image = fit(image, height, width)
-    return np.array(image, np.uint8).reshape(image.height, image.width, channels)
-
-
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Any mode of Pillow to L (one channel) or RGB (three)."""
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_to_eight_bits(np.asarray(image)))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def _to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Scales 16-bit, 32-bit and float values by the range that they are of.
-
-    Integers are of 16 bits unless they exceed them; floats are of [0, 1], or else of
-    8 or 16 bits; values outside of all of these are of their own range.
-    """
-    if not np.isfinite(values).all():
-        raise FloatingPointError("holds values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    tops = [65535] if values.dtype.kind in "iu" else [1, 255, 65535]
-    top = next((top for top in tops if 0 <= low and high <= top), None)
-    if top is None:
-        scaled = (values.astype(np.float64) - low) * (255 / max(high - low, 1e-30))
-    else:
-        scaled = values.astype(np.float64) * (255 / top)
-    return np.round(scaled).astype(np.uint8)
-
-
-def _unreadable(file: str | io.BytesIO, where: str, error: Exception) -> DataError:
-    return DataError(
-        f"{where}: {_looks_like(file, error)}, expected a readable image; replace or"
-        " delete it"
-    )
-
-
-def _looks_like(file: str | io.BytesIO, error: Exception) -> str:
-    if isinstance(file, str) and os.path.islink(file) and not os.path.exists(file):
-        return "is a link to a file that does not exist"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels allowed"
-    if isinstance(error, FloatingPointError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be read ({error.strerror})"
-    if isinstance(file, str):
-        with open(file, "rb") as opened:
-            head = opened.read(512)
-    else:
-        head = file.getvalue()[:512]
-    if not head:
-        return "is an empty file"
-    for signature, name in _SIGNATURES.items():
-        if head.startswith(signature):
-            return f"starts as {name} but is damaged or cut short ({error})"
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "is a web page (HTML)"
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
-        return "is a text file"
-    return "is no image of a known format"

@@ -16,8 +16,8 @@ import tyro
 from flax import linen as nn
 
 from jemjax.augment import MaskRecipe, ViewRecipe
-from jemjax.data import Crop, Source
-from jemjax.errors import UserError
+from jemjax.data import Crop, Reading, Source
+from jemjax.errors import UserError, printable
 from jemjax.methods import Method, Optimization
 from jemjax.methods.base import SMALL_IMAGE
 from jemjax.models import create_backbone
@@ -140,6 +140,8 @@ class InputConfig:
     """digits (built in), folder:PATH or tfds:NAME"""
     data_dir: str | None = None
     """where prepared TensorFlow Datasets are"""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading()
+    """how image files are read"""
     backbone: str | None = None
     """resnet18, resnet34, resnet50, resnet-narrow, vit-tiny, vit-small, vit-base or
     vit-narrow; unless given, by method and image size"""
@@ -191,6 +193,8 @@ class PretrainConfig(InputConfig):
     """the same bytes on GPUs each time, at the cost of speed; CPUs need it not"""
     workers: int = 0
     """processes that load images; 0: threads of this one"""
+    load_timeout: float = 600.0
+    """seconds after which a batch that does not come stops the run"""
     accumulate: int = 1
     """parts in which the network sees a batch one after the other, to save memory; the
     loss is still that of the whole batch, but BatchNorm sees the parts"""
@@ -233,12 +237,15 @@ class PretrainConfig(InputConfig):
         return self.views.apply(self.method.views(self.image_size))
 
 
-def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
+def resolve(
+    config: PretrainConfig, source: Source, *, num_devices: int = 1
+) -> PretrainConfig:
     """Fills in every field that is None, and checks the whole.
 
     Args:
         config: as the user gave it.
         source: the opened training data.
+        num_devices: over which a batch is divided.
 
     Returns:
         The configuration of the run, with no choice left open.
@@ -250,6 +257,7 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
     image_size = config.image_size
     if image_size is None:
         image_size = shortest if shortest <= SMALL_IMAGE else 224
+    problems = list(problems_without_data(config))
     defaults = config.method.defaults(image_size)
     batch_size = config.batch_size
     if batch_size is None:
@@ -259,7 +267,8 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
     if steps is None:
         epochs = defaults.epochs if config.epochs is None else config.epochs
         if not 0 < epochs < math.inf:
-            raise UserError(f"--epochs: got {epochs}, expected a positive number")
+            problems.append(f"--epochs: got {epochs}, expected a positive number")
+            epochs = 1
         steps = math.ceil(epochs * len(source) / max(batch_size, 1))
         if config.epochs is None:
             steps = max(steps, defaults.minimum_steps)
@@ -291,13 +300,25 @@ def resolve(config: PretrainConfig, source: Source) -> PretrainConfig:
         if checkpoint_every is None
         else checkpoint_every,
         views=_resolve_views(config.views, source),
-        optimizer=_resolve_optimizer(config.optimizer, defaults.optimization),
+        optimizer=_resolve_optimizer(config.optimizer, defaults.optimization, problems),
     )
-    problems = list(_problems(config, resolved, len(source)))
+    problems += _problems(config, resolved, len(source), num_devices)
     problems += resolved.method.problems(resolved.batch_size or 1)
+    problems += _problems_of_parts(resolved)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return resolved
+
+
+def _problems_of_parts(config: PretrainConfig) -> Iterator[str]:
+    """What network and views say of the values they are made of."""
+    if config.image_size is None or config.image_size < 1:
+        return
+    for part in (config.recipe, config.network):
+        try:
+            part()
+        except ValueError as error:  # argument, got, expected
+            yield f"{config.method.name}: {error}"
 
 
 def _resolve_views(options: ViewOptions, source: Source) -> ViewOptions:
@@ -311,7 +332,7 @@ def _resolve_views(options: ViewOptions, source: Source) -> ViewOptions:
 
 
 def _resolve_optimizer(
-    options: OptimizerOptions, published: Optimization
+    options: OptimizerOptions, published: Optimization, problems: list[str]
 ) -> OptimizerOptions:
     given = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     if given.get("name", published.name) != published.name:
@@ -322,26 +343,51 @@ def _resolve_optimizer(
         missing = [n for n in ("learning_rate", "weight_decay") if n not in given]
         if missing:
             flags = " and ".join(f"--optimizer.{_flag(name)}" for name in missing)
-            raise UserError(
+            problems.append(
                 f"--optimizer.name {given['name']} needs {flags} too: the defaults are"
-                f" {published.name}'s"
+                " those of the method's own optimizer"
             )
     return OptimizerOptions(**{**dataclasses.asdict(published), **given})
 
 
-def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
+def problems_without_data(config: PretrainConfig) -> Iterator[str]:
+    """What is wrong whatever the data are, each in a sentence."""
+    yield from config.reading.problems()
+    for name in ("data", "eval_data", "data_dir", "output"):
+        value = getattr(config, name)
+        if value is not None and any("\ud800" <= c <= "\udfff" for c in value):
+            yield (
+                f"--{_flag(name)}: got {printable(value)}, which is not UTF-8, expected"
+                " a name that a text file can hold; make a link of such a name"
+            )
+    # 0 means something for some; what is None is chosen later.
+    least = dict.fromkeys(
+        "steps batch_size image_size eval_examples final_examples log_every accumulate"
+        " fsdp patch_size max_skipped".split(),
+        1,
+    ) | dict.fromkeys("eval_every checkpoint_every workers seed".split(), 0)
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            yield f"--{_flag(name)}: got {value}, expected at least {bound}"
+    if config.seed >= 2**32:
+        yield f"--seed: got {config.seed}, expected less than 2^32"
+    if config.epochs is not None and not 0 < config.epochs < math.inf:
+        yield f"--epochs: got {config.epochs}, expected a positive number"
+    if not 0 < config.load_timeout < math.inf:
+        yield f"--load-timeout: got {config.load_timeout}, expected a positive number"
+    if config.batch_size == 1:
+        yield "--batch-size: got 1, expected at least 2: the loss needs a spread"
+    if config.resume and config.overwrite:
+        yield "--resume and --overwrite exclude each other: give one of them"
+
+
+def _problems(
+    given: PretrainConfig, config: PretrainConfig, examples: int, num_devices: int
+) -> Iterator[str]:
     # A run's own file has both, and they agree.
     if given.steps is not None and given.epochs not in (None, config.epochs):
         yield "--steps and --epochs exclude each other: give one of them"
-    positive = ("steps", "batch_size", "image_size", "eval_examples", "log_every")
-    for name in (*positive, "accumulate", "fsdp", "max_skipped"):
-        if getattr(config, name) < 1:
-            yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 1"
-    for name in ("eval_every", "checkpoint_every", "workers", "seed"):
-        if getattr(config, name) < 0:
-            yield f"--{_flag(name)}: got {getattr(config, name)}, expected at least 0"
-    if config.seed >= 2**32:
-        yield f"--seed: got {config.seed}, expected less than 2^32"
     options = Optimization(**dataclasses.asdict(config.optimizer))
     if not 0 <= options.momentum < 1:
         yield (
@@ -353,21 +399,32 @@ def _problems(given: PretrainConfig, config: PretrainConfig, examples: int):
             f"--batch-size: got {config.batch_size}, but {config.data} has only"
             f" {examples} images: choose {examples} or fewer"
         )
-    if config.batch_size == 1:
-        yield "--batch-size: got 1, expected at least 2: the loss needs a spread"
+    elif config.batch_size is not None and config.accumulate > 0:
+        problem = batch_problem(config.batch_size, num_devices, config.accumulate)
+        if problem:
+            yield problem
     if options.schedule == "epochs" and options.warmup_epochs:
         yield (
             f"--optimizer.warmup-epochs: got {options.warmup_epochs}, expected 0 with"
             " --optimizer.schedule epochs"
         )
-    if config.resume and config.overwrite:
-        yield "--resume and --overwrite exclude each other: give one of them"
     for name, value in dataclasses.asdict(options).items():
         number = isinstance(value, int | float) and name != "momentum"
         if number and not 0 <= value < math.inf:
             yield (
                 f"--optimizer.{_flag(name)}: got {value}, expected a finite number >= 0"
             )
+
+
+def batch_problem(batch_size: int, num_devices: int, accumulate: int) -> str | None:
+    """What is wrong with dividing a batch, in a sentence."""
+    if batch_size % (num_devices * accumulate) == 0:
+        return None
+    factor = f" x {accumulate} of --accumulate" if accumulate > 1 else ""
+    return (
+        f"--batch-size: got {batch_size}, expected a multiple of the {num_devices}"
+        f" devices{factor}"
+    )
 
 
 def crops_of(recipe: ViewRecipe, source: Source) -> tuple[Crop, ...]:
@@ -434,12 +491,7 @@ def from_toml(path: Path, default: PretrainConfig) -> PretrainConfig:
     Raises:
         UserError: for a file that cannot be read, unknown keys and wrong types.
     """
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {path}: not TOML: {error}") from error
+    values = _read_toml(path)
     name = values.pop("method_name", default.method.name)
     if name != default.method.name:
         raise UserError(
@@ -447,7 +499,7 @@ def from_toml(path: Path, default: PretrainConfig) -> PretrainConfig:
             f" names {default.method.name}"
         )
     problems: list[str] = []
-    config = _merge(default, values, "", problems)
+    config = _merge(default, values, "", problems, _paths(default))
     if problems:
         raise UserError("\n".join(f"--config {path}: {text}" for text in problems))
     return config
@@ -455,35 +507,100 @@ def from_toml(path: Path, default: PretrainConfig) -> PretrainConfig:
 
 def method_name_of(path: Path) -> str:
     """The method that a run's `config.toml` names."""
-    return tomllib.loads(path.read_text()).get("method_name", "")
+    return str(_read_toml(path).get("method_name", ""))
 
 
-def _merge(default: Any, values: dict[str, Any], prefix: str, problems: list[str]):
+def _read_toml(path: Path) -> dict[str, Any]:
+    where = f"--config {printable(path)}"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"{where}: is not TOML ({reason}), expected lines such as"
+            " batch_size = 256, and [optimizer] above those of a part"
+        ) from error
+
+
+def _paths(default: Any, prefix: str = "") -> list[str]:
+    """Every key of a file, with those of the tables around it."""
+    paths = []
+    for field in dataclasses.fields(default):
+        value, path = getattr(default, field.name), prefix + field.name
+        paths.append(path)
+        if dataclasses.is_dataclass(value):
+            paths += _paths(value, f"{path}.")
+    return paths
+
+
+def _merge(
+    default: Any,
+    values: dict[str, Any],
+    prefix: str,
+    problems: list[str],
+    paths: list[str],
+) -> Any:
     hints = typing.get_type_hints(type(default))
     names = [field.name for field in dataclasses.fields(default)]
     changes = {}
     for name, value in values.items():
+        path = prefix + name
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f": did you mean {prefix}{near[0]}?" if near else ""
-            problems.append(f"unknown key {prefix}{name}{hint}")
+            problems.append(f"unknown key {printable(path)}{_nearest(path, paths)}")
         elif dataclasses.is_dataclass(getattr(default, name)):
             if isinstance(value, dict):
                 changes[name] = _merge(
-                    getattr(default, name), value, f"{prefix}{name}.", problems
+                    getattr(default, name), value, f"{path}.", problems, paths
                 )
             else:
-                problems.append(f"{prefix}{name}: got {value!r}, expected a table")
+                problems.append(f"{path}: got {value!r}, expected a table [{path}]")
         elif _fits(value, hints[name]):
             changes[name] = tuple(value) if isinstance(value, list) else value
         else:
-            expected = str(getattr(hints[name], "__name__", hints[name]))
-            problems.append(f"{prefix}{name}: got {value!r}, expected {expected}")
+            problems.append(f"{path}: got {value!r}, expected {_expected(hints[name])}")
     return dataclasses.replace(default, **changes)
+
+
+def _nearest(path: str, paths: list[str]) -> str:
+    """A hint at the key that is meant: in the same table, or, so called, in another."""
+    name = path.rpartition(".")[2].replace("-", "_")
+    so_called = [p for p in paths if p.rpartition(".")[2] == name]
+    near = so_called or difflib.get_close_matches(path, paths, n=1)
+    if not near:
+        last = {p.rpartition(".")[2]: p for p in paths}
+        near = [last[n] for n in difflib.get_close_matches(name, last, n=1)]
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _expected(hint: Any) -> str:
+    """A type in the words of somebody who writes a file."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _expected(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        options = [_expected(a) for a in arguments if a is not type(None)]
+        return " or ".join(options)
+    if origin is Literal:
+        return " or ".join(f'"{choice}"' for choice in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list [...], each {_expected(arguments[0])}"
+        return f"a list of {len(arguments)}, each {_expected(arguments[0])}"
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: 'text in quotes ("...")',
+    }
+    return words.get(hint, str(getattr(hint, "__name__", hint)))
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _fits(value, arguments[0])
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import shlex
@@ -21,17 +22,24 @@ from jax.typing import ArrayLike
 
 from jemjax.augment import ViewRecipe
 from jemjax.data import Crop, Source, batches, in_memory, open_data
-from jemjax.errors import CheckpointError, UserError
+from jemjax.errors import CheckpointError, DataError, UserError
 from jemjax.methods import METHODS, Optimization
-from jemjax.runtime import make_deterministic, quick_compilation, settings
+from jemjax.runtime import (
+    idle_accelerator,
+    make_deterministic,
+    quick_compilation,
+    settings,
+)
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
+    batch_problem,
     crops_of,
     describe_data,
     describe_views,
     from_toml,
     method_name_of,
+    problems_without_data,
     resolve,
     to_toml,
 )
@@ -136,13 +144,11 @@ class Run(NamedTuple):
 
     def check(self) -> None:
         """Traces a step, in which what makes no sense is refused with the reason."""
-        devices, accumulate = self.mesh.size, self.config.accumulate
-        if (self.config.batch_size or 0) % (devices * accumulate):
-            factor = f" x {accumulate} of --accumulate" if accumulate > 1 else ""
-            raise UserError(
-                f"--batch-size: got {self.config.batch_size}, expected a multiple of"
-                f" the {devices} devices{factor}"
-            )
+        config = self.config
+        assert config.batch_size
+        problem = batch_problem(config.batch_size, self.mesh.size, config.accumulate)
+        if problem:
+            raise UserError(problem)
         try:
             jax.eval_shape(self.step, *self.shapes())
         except ValueError as error:  # argument, got, expected
@@ -221,13 +227,15 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     connect(config.multihost)
     display = display or Display(quiet=not is_first())
     with together():
-        source = open_source(config.data, "train", config, display)
-        config = resolve(config, source)
+        source = _open_first(config)
+        config = resolve(config, source, num_devices=jax.device_count())
         assert config.steps and config.batch_size and config.output
-        test = open_source(config.eval_data or config.data, "test", config, display)
+        test = _open(config.eval_data or config.data, "test", config)
         _check_test(config, source, test)
         run = build(config, source)
         run.check()
+        # All that can be refused is: images are decoded now.
+        source, test = _read(source, display), _read(test, display)
     require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
     folder = Path(config.output)
     about = describe_run(config, source)
@@ -318,6 +326,8 @@ def _run(
         **measured,
         "steps": config.steps,
         **seconds,
+        "unreadable_images": len(source.unreadable),
+        "unreadable_test_images": len(test.unreadable),
         "total_seconds": round(time.monotonic() - began, 1),
         "state_sha256": fingerprint(final),
         "versions": versions(),
@@ -362,8 +372,28 @@ def open_source(
     name: str, split: Literal["train", "test"], config: PretrainConfig, display: Display
 ) -> Source:
     """The images of a run's split, in memory if they fit."""
-    source = open_data(name, split=split, data_dir=config.data_dir)
-    return in_memory(source, progress=display.reading(f"{name}, {split}"))
+    return _read(_open(name, split, config), display)
+
+
+def _open_first(config: PretrainConfig) -> Source:
+    """The training data; an error lists what else is wrong with the configuration."""
+    try:
+        return _open(config.data, "train", config)
+    except DataError as error:
+        problems = dict.fromkeys([*problems_without_data(config), str(error)])
+        if len(problems) == 1:
+            raise
+        raise UserError("\n".join(problems)) from error
+
+
+def _open(name: str, split: Literal["train", "test"], config: PretrainConfig) -> Source:
+    return open_data(
+        name, split=split, data_dir=config.data_dir, reading=config.reading
+    )
+
+
+def _read(source: Source, display: Display) -> Source:
+    return in_memory(source, progress=display.reading(source.name))
 
 
 def _train(
@@ -398,6 +428,7 @@ def _train(
         process_count=jax.process_count(),
         workers=config.workers,
         crops=run.crops,
+        timeout=config.load_timeout,
     )
     skipping = SkippedSteps(run.config, folder, state, display.say)
     shown: dict[str, float] = {}
@@ -433,6 +464,8 @@ def _train(
                     "skipped_steps": skipped,
                     "images_per_second": round(rate, 1),
                 }
+                if source.unreadable:
+                    row["unreadable_images"] = len(source.unreadable)
                 metrics_file.write(row)
                 shown = {
                     "loss": row["loss"],
@@ -616,14 +649,15 @@ def evaluate(
         same = data is None and eval_data is None
         eval_data = eval_data or data or config.eval_data or config.data
         data = data or config.data
-        source = open_source(data, "train", config, display)
-        test = open_source(eval_data, "test", config, display)
+        source = _open(data, "train", config)
+        test = _open(eval_data, "test", config)
         _check_test(
             dataclasses.replace(config, data=data, eval_data=eval_data), source, test
         )
         # Sharded as in the run, as far as the devices here allow it.
         fsdp = math.gcd(config.fsdp, jax.device_count())
         run = build(dataclasses.replace(config, fsdp=fsdp), source)
+        source, test = _read(source, display), _read(test, display)
     untrained = run.init()
     with Checkpoints(folder, writable=False, say=display.say) as checkpoints:
         state = checkpoints.restore(untrained)
@@ -658,14 +692,29 @@ def _check_test(config: PretrainConfig, source: Source, test: Source) -> None:
             f"--eval-data {config.eval_data}: its images have {test.image_shape[2]}"
             f" channels, those of {config.data} have {source.image_shape[2]}"
         )
-    if source.num_classes and test.num_classes:
-        strangers = set(test.class_names) - set(source.class_names)
-        if strangers or test.num_classes != source.num_classes:
-            raise UserError(
-                f"--eval-data {config.eval_data}: has the classes"
-                f" {', '.join(test.class_names[:5])}, ... but {config.data} has"
-                f" {', '.join(source.class_names[:5])}, ...; both need the same"
-            )
+    for name, part in ((config.data, source), (config.eval_data, test)):
+        if part.num_classes and part[0]["label"] < 0:
+            raise UserError(f"{name}: its images have classes, but no labels")
+    if source.num_classes and not test.num_classes:
+        raise UserError(
+            f"--eval-data {config.eval_data}: its images have no labels, as those of"
+            f" {config.data} have; give it the same class folders"
+        )
+    if test.num_classes and source.num_classes:
+        pairs = itertools.zip_longest(test.class_names, source.class_names)
+        for label, (there, here) in enumerate(pairs):
+            if there != here:
+                raise UserError(
+                    f"--eval-data {config.eval_data}: its class {label} of"
+                    f" {test.num_classes} is {there or 'none'}, that of {config.data},"
+                    f" which has {source.num_classes}, is {here or 'none'}; both need"
+                    " the same classes in the same order"
+                )
+
+
+def _count_unreadable(source: Source, test: Source) -> str:
+    """As far as they were found: all of those in memory, of others what was read."""
+    return f"{len(source.unreadable):,} images, {len(test.unreadable):,} test images"
 
 
 def _header(run: Run, source: Source, test: Source):
@@ -674,6 +723,16 @@ def _header(run: Run, source: Source, test: Source):
     yield "data", describe_data(config, source)
     yield "measured on", f"{config.eval_data}: {len(test):,} test images"
     size = config.image_size
+    assert size
+    small = source.survey.smaller_than(size) if source.survey else 0
+    if source.survey and small:
+        yield (
+            "",
+            f"{small:,} of {source.survey.looked_at:,} images are smaller than {size}"
+            " pixels, and are enlarged",
+        )
+    if source.unreadable or test.unreadable:
+        yield "", f"unreadable and replaced: {_count_unreadable(source, test)}"
     yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
     yield from describe_views(run.recipe, source)
     options = config.optimizer
@@ -692,5 +751,7 @@ def _header(run: Run, source: Source, test: Source):
         + (f", parameters sharded over {config.fsdp}" if config.fsdp > 1 else "")
         + (f", batches in {config.accumulate} parts" if config.accumulate > 1 else ""),
     )
+    if idle := idle_accelerator():
+        yield "", idle
     yield "settings", settings()
     yield "output", str(config.output)

@@ -221,4 +221,7 @@ def _write_clusters(path: Path, embedded: Embedded, examples: Examples) -> None:
             embedded.test_labels,
             strict=True,
         ):
-            writer.writerow((index, cluster, names[label] if label >= 0 else ""))
+            name = names[label] if label >= 0 else ""
+            # A spreadsheet would compute what begins like a formula.
+            quoted = f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
+            writer.writerow((index, cluster, quoted))

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from jemjax.errors import printable, printable_lines
+
 
 class MetricsFile:
     """`metrics.jsonl`: a line for each logged step, in order, each step once."""
@@ -113,13 +115,13 @@ class Display:
 
     def header(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """What will happen, before it does."""
-        self.console.print(f"[bold]{escape(title)}[/]")
+        self.console.print(f"[bold]{escape(printable(title))}[/]")
         for name, text in rows:
             self.say(f"  {name:<12} {text}")
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(escape(text))
+        self.console.print(escape(printable_lines(text)))
 
     def reading(self, what: str) -> Callable[[int, int], None]:
         """A function of (done, total) that says every few seconds how far it is."""

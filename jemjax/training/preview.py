@@ -16,8 +16,7 @@ from PIL import Image
 
 from jemjax.augment import ViewRecipe, denormalize
 from jemjax.data import EncodedSource, Source, batches, open_data, read_image
-from jemjax.data.sources import show_path
-from jemjax.errors import UserError
+from jemjax.errors import UserError, printable
 from jemjax.methods import Method
 from jemjax.runtime import quick_compilation
 from jemjax.training.config import (
@@ -103,7 +102,9 @@ def preview(config: PreviewConfig, display: Display | None = None) -> Path:
         raise UserError(f"--output {path}: is a folder, expected a file")
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: expected a name that ends in .png")
-    source = open_data(config.data, split="train", data_dir=config.data_dir)
+    source = open_data(
+        config.data, split="train", data_dir=config.data_dir, reading=config.reading
+    )
     run = resolve(config.run(), source)
     _check(config, run)
     try:
@@ -167,10 +168,12 @@ def see(
     originals = images
     if isinstance(source, EncodedSource) and crops:
         channels = source.image_shape[2]
-        originals = [
-            read_image(example.file, (None, None, channels), example.where)
-            for example in source.encoded(batch["index"][:count])
-        ]
+        originals, _ = source.read_each(
+            batch["index"][:count],
+            lambda _, example: read_image(
+                example.file, (None, None, channels), example.where, run.reading
+            ),
+        )
 
     def make(key: jax.Array, steps_before: jax.Array, images: Images):
         _, key = keys_of_run(key)
@@ -247,7 +250,7 @@ def _layout(
             ]
             rows.append(_row(f"{names},\nmasked", views, factor))
     headings = [
-        show_path(source.class_names[label]) if label >= 0 else f"image {number}"
+        printable(source.class_names[label]) if label >= 0 else f"image {number}"
         for number, label in enumerate(sight.labels.tolist(), 1)
     ]
     return rows, headings

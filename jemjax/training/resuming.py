@@ -15,7 +15,6 @@ import orbax.checkpoint
 
 from jemjax import __version__
 from jemjax.data import Source
-from jemjax.data.fingerprint import fingerprint
 from jemjax.errors import CheckpointDamaged, UserError
 from jemjax.training import stored
 from jemjax.training.config import PretrainConfig, to_toml
@@ -41,6 +40,7 @@ FREE = {
     "data_dir",
     "max_skipped",
     "workers",
+    "load_timeout",
     "fsdp",
     # Where the images lie; which they are, the fingerprint tells.
     "data",
@@ -60,7 +60,7 @@ def describe_run(config: PretrainConfig, source: Source) -> dict[str, Any]:
     """What a run is: its configuration, data, versions and devices, by dotted key."""
     return {
         **flatten(config),
-        "data_sha256": fingerprint(source),
+        "data_sha256": source.fingerprint(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         **{f"versions.{name}": value for name, value in versions().items()},
     }

@@ -20,6 +20,7 @@ class StepClock:
         self._steps: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+        self._latest: jax.Array | None = None
         self._begun: float | None = None
         self._finished = 0.0
         self._stepping = 0.0
@@ -27,11 +28,13 @@ class StepClock:
 
     def started(self, result: jax.Array) -> None:
         """A step was given to the devices, which will yield this of it."""
+        self._latest = result
         self._steps.put((time.monotonic(), result))
 
     @contextlib.contextmanager
     def spent(self, what: str) -> Iterator[None]:
-        """The loop does something else, which is given its name."""
+        """The loop does something else with the state, which is given its name."""
+        jax.block_until_ready(self._latest)  # that is the step's time
         began = time.monotonic()
         try:
             yield

@@ -19,7 +19,7 @@ from jemjax.data.crops import (
     reduction_for,
     uniforms,
 )
-from jemjax.data.sources import ORIENTATION
+from jemjax.data.images import ORIENTATION
 
 RANDOM = np.random.default_rng(0)
 COUNT = 4000  # boxes of which statistics are taken

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jemjax.data import Crop, DataError, batches, load_arrays, open_data
-from jemjax.data.prepare import prepare
+from jemjax.data.prepare import _read_cifar_python, prepare
 
 tfds = pytest.importorskip("tensorflow_datasets")
 RANDOM = np.random.default_rng(0)
@@ -161,6 +161,10 @@ TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ub
         (spoil(TRAIN_IMAGES, lambda d: b""), "starts with nothing"),
         (spoil(TRAIN_LABELS, lambda d: idx(np.zeros(29, np.uint8))), "30 images but"),
         (spoil(TRAIN_LABELS, lambda d: d[:-1] + b"\x0a"), "labels go up to 10"),
+        (
+            spoil(TRAIN_IMAGES, lambda d: d[:4] + b"\xff" * 12 + d[16:]),
+            r"its header says [\d,]+ bytes of values, more than the 4,294,967,296",
+        ),
         (cut_packed, "train-images.*: cannot be read"),
         (lambda f: (f / TRAIN_LABELS).write_bytes(b"text"), "cannot be read"),
         (lambda f: (f / TRAIN_LABELS).unlink(), "expected one file of train labels"),
@@ -269,6 +273,50 @@ def test_cifar_is_read_under_its_official_name(tmp_path, name, form):
     if name == "cifar100":
         for record in official:
             assert record["coarse_label"] == record["label"] // 5
+
+
+def python2_batch(planes, labels):
+    """A batch as Python 2 and the NumPy of its time wrote it, byte by byte."""
+    rows, columns = (int(n).to_bytes(2, "little") for n in planes.shape)
+    return b"".join(
+        [
+            b"\x80\x02}q\x01(U\x06labelsq\x02]q\x03(",
+            *(b"K" + bytes([label]) for label in labels),
+            b"eU\x04dataq\x04cnumpy.core.multiarray\n_reconstruct\nq\x05",
+            b"cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01",
+            b"M" + rows + b"M" + columns + b"\x86cnumpy\ndtype\nq\x08U\x02u1K\x00K\x01",
+            b"\x87Rq\x09(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T",
+            planes.nbytes.to_bytes(4, "little") + planes.tobytes() + b"tbu.",
+        ]
+    )
+
+
+def fortran_batch(planes, labels):
+    value = as_python2({"data": np.asfortranarray(planes), "labels": labels.tolist()})
+    return pickle.dumps(value, protocol=2)
+
+
+def batch_of_protocol(protocol):
+    def dump(planes, labels):
+        value = as_python2({"data": planes, "labels": labels.tolist()})
+        return pickle.dumps(value, protocol=protocol)
+
+    return dump
+
+
+@pytest.mark.parametrize(
+    "dump", [python2_batch, fortran_batch, *map(batch_of_protocol, range(5))]
+)
+def test_cifar_files_are_read_however_python_wrote_them(tmp_path, dump):
+    planes = RANDOM.integers(0, 256, (300, 3072), dtype=np.uint8)
+    labels = RANDOM.integers(0, 10, 300)
+    (tmp_path / "batch").write_bytes(dump(planes, labels))
+    if dump is python2_batch:
+        assert pickle.loads(dump(planes, labels), encoding="bytes")[b"data"].any()
+    keys = {"label": ("labels", "label_names")}
+    images, columns = _read_cifar_python(tmp_path / "batch", keys)
+    np.testing.assert_array_equal(images[7, :, :, 1].ravel(), planes[7, 1024:2048])
+    np.testing.assert_array_equal(columns[:, 0], labels)
 
 
 class Hostile:
@@ -473,3 +521,36 @@ def test_d14_prepared_sets_have_fingerprints(tmp_path):
     prepare("folder", tmp_path / "raw", name="ants", out=tmp_path / "three")
     three = open_data("tfds:ants", data_dir=tmp_path / "three")
     assert three.fingerprint() != one.fingerprint()
+
+
+OFFLINE = """
+import socket, sys, time
+
+def refuse(*arguments, **keywords):
+    raise AssertionError(f"the network was asked: {arguments}")
+
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+from jemjax.data import DataError, open_data
+began = time.monotonic()
+for name in sys.argv[1:]:
+    try:
+        open_data("tfds:" + name, data_dir="nowhere")
+    except DataError as error:
+        print(error)
+print(time.monotonic() - began < 10)
+"""
+
+
+def test_d11_a_set_that_is_not_there_is_told_at_once_without_a_network(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, "fashion_mnist", "imagenet2012"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    mnist, imagenet, quick = run.stdout.splitlines()
+    assert quick == "True" and "asked" not in run.stderr
+    assert "jemjax data prepare KIND RAW --name fashion_mnist" in mnist
+    assert "--data folder:PATH" in mnist
+    assert "--manual_dir" in imagenet and "ILSVRC2012_img_train.tar" in imagenet

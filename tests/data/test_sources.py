@@ -306,14 +306,6 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path, kind):
         load_arrays(source)
 
 
-def test_too_many_pixels_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    write(tmp_path / "train" / "a.png", size=(20, 20))
-    write(tmp_path / "test" / "b.png")
-    with pytest.raises(DataError, match="a.png: has more than the 100 pixels"):
-        open_data(f"folder:{tmp_path}")
-
-
 def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sources, "HEADERS_READ", 10)
     monkeypatch.setattr(sources, "HEADERS_SAMPLED", 1)
@@ -341,7 +333,6 @@ def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
         ("I;16", 257 * 100, "x.png", [100]),
         ("I;16", 65535, "x.tiff", [255]),
         ("F", 0.5, "x.tiff", [128]),
-        ("F", 200.0, "x.tiff", [200]),
         ("I", 257 * 9, "x.tiff", [9]),
     ],
 )
@@ -379,12 +370,6 @@ def test_palettes_become_colors_and_their_transparency_white(tmp_path):
     assert one_image(tmp_path / "a", "x.png", image)[0, 0].tolist() == [10, 200, 30]
     pixels = one_image(tmp_path / "b", "x.png", image, transparency=1)
     assert pixels[0, 0].tolist() == [255, 255, 255]
-
-
-def test_a_wide_range_is_scaled_and_not_saturated(tmp_path):
-    ramp = np.linspace(-1e6, 1e6, 24, dtype=np.float32).reshape(4, 6)
-    pixels = one_image(tmp_path / "set", "x.tiff", Image.fromarray(ramp), grey=True)
-    assert pixels.min() == 0 and pixels.max() == 255 and len(np.unique(pixels)) == 24
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
@@ -472,6 +457,7 @@ def test_d14_other_data_have_another_fingerprint(tmp_path):
     seen = {before}
     bmp = write(tmp_path / "set" / "c0" / "new.bmp")
     for change in (
+        lambda: bmp.write_bytes(bmp.read_bytes()[:-1] + b"9"),
         lambda: bmp.write_bytes(bmp.read_bytes() + b"0"),
         lambda: bmp.rename(bmp.with_name("other.bmp")),
         lambda: bmp.with_name("other.bmp").rename(tmp_path / "set" / "c1" / "new.bmp"),
@@ -479,7 +465,7 @@ def test_d14_other_data_have_another_fingerprint(tmp_path):
     ):
         change()
         seen.add(fingerprint() + fingerprint("test"))
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_d14_a_copy_of_a_folder_has_its_fingerprint(tmp_path):

@@ -2,17 +2,20 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 import tyro
 from PIL import Image
 
+from jemjax import runtime
 from jemjax.augment import MaskRecipe
 from jemjax.augment.recipes import PARTS
-from jemjax.data import Crop, open_data
+from jemjax.data import ArraySource, Crop, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS
 from jemjax.training.config import PretrainConfig, from_toml, resolve, to_toml
-from jemjax.training.loop import build
+from jemjax.training.loop import _check_test, build
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,176 @@ def test_images_of_several_sizes_are_cropped_by_the_loader(tmp_path):
     one = _folder(tmp_path / "one", [(30, 20)] * 16)
     run = build(resolve(_parse("swav", *options), one), one)
     assert run.crops == () and run.shapes()[1].shape == (16, 20, 30, 3)
+
+
+# ------------------------------------------------------------------ C1 to C3: files
+
+
+def _read(tmp_path, text, method="vicreg"):
+    (tmp_path / "c.toml").write_text(text)
+    return from_toml(tmp_path / "c.toml", PretrainConfig(method=METHODS[method]()))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("batch_sise = 4", "batch_sise: did you mean batch_size?"),
+        ("batch-size = 4", "batch-size: did you mean batch_size?"),
+        ("learning_rate = 0.1", "did you mean optimizer.learning_rate?"),
+        ("on_bad_image = 'skip'", "did you mean reading.on_bad_image?"),
+        ("[optimiser]\nname = 'lars'", "optimiser: did you mean optimizer?"),
+        ("[optimizer]\nmomentun = 1", "did you mean optimizer.momentum?"),
+        ("[method]\ncovariance_weigth = 1", "did you mean method.covariance_weight?"),
+        ("[views]\nseed = 1", "unknown key views.seed: did you mean seed?"),
+        ('"line\\nbreak" = 1', r"unknown key line\\nbreak"),
+    ],
+)
+def test_c1_an_unknown_key_of_a_file_gets_a_suggestion(tmp_path, text, meant):
+    with pytest.raises(UserError) as error:
+        _read(tmp_path, text)
+    assert meant.replace("\\\\", "\\") in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('steps = "many"', "steps: got 'many', expected a whole number"),
+        ("steps = 1.5", "steps: got 1.5, expected a whole number"),
+        ("steps = true", "steps: got True, expected a whole number"),
+        ("resume = 1", "resume: got 1, expected true or false"),
+        ("data = 1", "data: got 1, expected text in quotes"),
+        ("optimizer = 1", "optimizer: got 1, expected a table [optimizer]"),
+        ('compute_dtype = "f4"', 'expected "float32" or "bfloat16"'),
+        ("[views]\ncrop_scale = [0.1]", "expected a list of 2, each a number"),
+        ("[reading]\nalpha = 3", 'expected "white" or "black" or "mean"'),
+    ],
+)
+def test_c2_a_value_of_another_type_is_refused(tmp_path, text, expected):
+    with pytest.raises(UserError) as error:
+        _read(tmp_path, text)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"lr: 1e-3\n",
+        b'{"steps": 3}',
+        b"steps = 1\nsteps = 2\n",
+        b"a = " + b"[" * 5000,
+        b"steps = " + b"9" * 5000,
+        b"\xff\xfe\x00",
+        b"steps =",
+    ],
+)
+def test_c2_what_is_not_toml_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises(UserError, match=r"c.toml: (is not TOML|cannot be read)"):
+        from_toml(tmp_path / "c.toml", PretrainConfig(method=METHODS["vicreg"]()))
+
+
+def test_c2_all_problems_of_a_file_are_listed(tmp_path):
+    with pytest.raises(UserError) as error:
+        _read(tmp_path, 'stepz = 1\nseed = "x"\n[optimizer]\nname = "adam"\n')
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "reasons"),
+    [
+        (
+            "vicreg",
+            ["--steps=-1", "--epochs=-2", "--batch-size=5000", "--backbone=resnet9"]
+            + ["--views.mask-ratio=0.5", "--optimizer.name=sgd", "--max-pixels=0"]
+            + ["--value-range", "3", "1", "--max-bad-share=2", "--load-timeout=0"],
+            ["--steps: got -1", "--epochs: got -2.0", "--batch-size: got 5000"]
+            + ["expected one of resnet18", "--views.mask", "--optimizer.learning-rate"]
+            + ["--max-pixels: got 0", "--value-range", "--max-bad-share", "--load-t"],
+        ),
+        (
+            "moco",
+            ["--batch-size=36", "--queue-length=100", "--target-momentum=2"],
+            ["multiple of the 8 devices", "--queue-length: got 100", "--target-mom"],
+        ),
+        (
+            "dino",
+            ["--views.mask-ratio=0.5", "--target=shared", "--final-target-momentum=0.9"]
+            + ["--backbone=vit-tiny", "--resume", "--overwrite"],
+            [
+                "--views.mask too",
+                "there is no moving average",
+                "--resume and --overwrite",
+            ],
+        ),
+    ],
+)
+def test_c3_all_problems_are_listed_at_once(method, arguments, reasons, digits):
+    with pytest.raises(UserError) as error:
+        resolve(_parse(method, *arguments), digits, num_devices=8)
+    lines = str(error.value).splitlines()
+    for reason in reasons:
+        assert sum(reason in line for line in lines) == 1, (reason, lines)
+    assert len(lines) == len(set(lines))
+
+
+def test_c3_paths_that_no_text_file_can_hold_are_refused(digits):
+    config = _parse("vicreg", "--output", "run\udcff")
+    with pytest.raises(UserError, match=r"--output: got run\\xff, which is not UTF-8"):
+        resolve(config, digits)
+
+
+# ------------------------------------------------------------------ D13: labels
+
+
+def _sets(tmp_path, train, test):
+    """Two image folders with these classes; none: a flat one."""
+    sources = []
+    for part, labels in (("train", train), ("test", test)):
+        for label in labels or [""]:
+            for number in range(4):
+                path = tmp_path / part / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), number).save(path)
+        sources.append(open_data(f"folder:{tmp_path / part}"))
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "reason"),
+    [
+        ("ab", "abc", "its class 2 of 3 is c, that of .* 2, is none"),
+        ("abc", "ab", "its class 2 of 2 is none, that of .* 3, is c"),
+        ("ab", "ac", "its class 1 of 2 is c, .* is b"),
+        ("ab", "", "its images have no labels, as those of .* have"),
+    ],
+)
+def test_d13_classes_that_differ_are_refused_before_training(
+    tmp_path, train, test, reason
+):
+    config = PretrainConfig(METHODS["vicreg"](), data="x", eval_data="y")
+    with pytest.raises(UserError, match=f"--eval-data y: {reason}"):
+        _check_test(config, *_sets(tmp_path, list(train), list(test)))
+
+
+def test_d13_a_test_part_whose_labels_are_withheld_is_refused(digits):
+    withheld = ArraySource(
+        digits.images, np.full(len(digits), -1), class_names=digits.class_names
+    )
+    config = PretrainConfig(METHODS["vicreg"](), data="x", eval_data="y")
+    with pytest.raises(UserError, match="y: its images have classes, but no labels"):
+        _check_test(config, digits, withheld)
+    _check_test(config, digits, digits)
+
+
+def test_c6_an_accelerator_that_is_not_used_is_told(monkeypatch):
+    monkeypatch.setattr(runtime, "_ACCELERATORS", ("/dev/null",))
+    assert runtime.idle_accelerator() is None  # these tests ask for the CPU
+    jax.config.update("jax_platforms", "")
+    try:
+        warning = runtime.idle_accelerator()
+        monkeypatch.setattr(runtime, "_ACCELERATORS", ("/dev/no-such-thing",))
+        assert runtime.idle_accelerator() is None
+    finally:
+        jax.config.update("jax_platforms", "cpu")
+    assert warning and "jax[cuda13]" in warning and "CpuDevice" in warning

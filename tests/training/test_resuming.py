@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from jemjax.data import ArraySource, open_data
-from jemjax.data.fingerprint import fingerprint
 from jemjax.errors import UserError
 from jemjax.methods import BYOL, VICReg
 from jemjax.training import stored
@@ -169,31 +168,33 @@ def _images(folder, count=6, *, changed=None):
         if number == changed:
             pixels[0, 0] ^= 1
         Image.fromarray(pixels).save(folder / str(number % 2) / f"{number}.png")
-    return fingerprint(open_data(f"folder:{folder}"))
+    return open_data(f"folder:{folder}").fingerprint()
 
 
 def test_a_fingerprint_tells_images_by_contents_and_not_by_place(tmp_path):
     first = _images(tmp_path / "first", 60)
     assert _images(tmp_path / "second", 60) == first
     os.utime(tmp_path / "second" / "0" / "0.png", (0, 0))
-    assert fingerprint(open_data(f"folder:{tmp_path / 'second'}")) == first
+    assert open_data(f"folder:{tmp_path / 'second'}").fingerprint() == first
     assert _images(tmp_path / "one pixel", 60, changed=0) != first
     (tmp_path / "first" / "0" / "0.png").rename(tmp_path / "first" / "0" / "x.png")
-    assert fingerprint(open_data(f"folder:{tmp_path / 'first'}")) != first
+    assert open_data(f"folder:{tmp_path / 'first'}").fingerprint() != first
     (tmp_path / "second" / "0" / "0.png").rename(tmp_path / "second" / "1" / "0.png")
-    assert fingerprint(open_data(f"folder:{tmp_path / 'second'}")) != first
+    assert open_data(f"folder:{tmp_path / 'second'}").fingerprint() != first
 
 
 def test_a_fingerprint_of_arrays_is_over_all_of_them():
     images = np.zeros((1000, 4, 4, 1), np.uint8)
     labels = np.zeros(1000, np.int32)
-    first = fingerprint(ArraySource(images, labels))
-    assert fingerprint(ArraySource(images.copy(), labels.copy())) == first
+    names = ["0", "1"]
+    first = ArraySource(images, labels, class_names=names).fingerprint()
+    copy = ArraySource(images.copy(), labels.copy(), class_names=names)
+    assert copy.fingerprint() == first
     images[537, 3, 3] = 1
-    assert fingerprint(ArraySource(images, labels)) != first
+    assert ArraySource(images, labels, class_names=names).fingerprint() != first
     images[537, 3, 3] = 0
     labels[1] = 1
-    assert fingerprint(ArraySource(images, labels, class_names=["0"])) != first
+    assert ArraySource(images, labels, class_names=names).fingerprint() != first
 
 
 # ---------------------------------------------------------------- metrics.jsonl

@@ -242,6 +242,30 @@ def test_images_of_several_sizes_resumed_end_in_the_same_bytes(tmp_path):
     assert results["state_sha256"] == _results(undisturbed)["state_sha256"]
 
 
+@pytest.mark.slow
+def test_d1_a_run_without_bad_images_resumed_ends_in_the_same_bytes(tmp_path):
+    names = [f"{i:03}.{('jpg', 'png')[i % 2]}" for i in range(80)]
+    data = _folder_of_images(tmp_path / "flat", names, sizes=(12, 60))
+    for name, kept in ((names[20], 0), (names[21], 120), (names[55], 40)):
+        path = data / name
+        path.write_bytes(path.read_bytes()[:kept])
+    options = [*TINY, "--batch-size=16", f"--data=folder:{data}"]
+    refused = _jemjax("pretrain", "vicreg", *options, f"--output={tmp_path / 'no'}")
+    assert refused.returncode == 3 and names[20] in refused.stderr
+    assert "Traceback" not in refused.stderr
+    options += ["--on-bad-image=skip", "--max-bad-share=0.1"]
+    undisturbed = tmp_path / "undisturbed"
+    done = _jemjax("pretrain", "vicreg", *options, f"--output={undisturbed}")
+    assert done.returncode == 0, done.stderr
+    for name in (names[20], names[21], names[55]):
+        assert done.stderr.count(f"{name}: ") == 1
+    results = _kill_and_resume("vicreg", [*options, "--workers=2"], tmp_path / "killed")
+    first = _results(undisturbed)
+    assert results["state_sha256"] == first["state_sha256"]
+    counts = first["unreadable_images"] + first["unreadable_test_images"]
+    assert counts == 3
+
+
 def _text_named_jpg(tmp_path):
     data = _unlabelled(tmp_path)
     (data / "note.jpg").write_text("this is not an image")
