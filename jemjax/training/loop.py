@@ -246,27 +246,13 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
                 _check_folder(config, folder)
                 held.enter_context(locked(folder))
                 _prepare_folder(config, folder, about, display)
-        return _pretrain(config, run, source, test, folder, about, display, began)
-
-
-def _pretrain(
-    config: PretrainConfig,
-    run: Run,
-    source: Source,
-    test: Source,
-    folder: Path,
-    about: dict[str, Any],
-    display: Display,
-    began: float,
-) -> dict[str, Any]:
-    """The run in its folder, which is this process's."""
-    assert config.steps
-    require_shared(folder)
-    with together():
-        if is_first():
-            _write_config(config, folder)
-    display.header(f"jemjax {config.method.name}", _header(run, source, test))
-    with Signals() as signals, explaining_memory(config):
+        require_shared(folder)
+        with together():
+            if is_first():
+                _write_config(config, folder)
+        display.header(f"jemjax {config.method.name}", _header(run, source, test))
+        signals = held.enter_context(Signals())
+        held.enter_context(explaining_memory(config))
         return _run(run, source, test, folder, about, display, signals, began)
 
 
