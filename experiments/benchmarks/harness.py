@@ -417,7 +417,7 @@ def _ratio(
         return "-"
     ratio = time / _time(of_rows[baseline])
     target = contender.targets.get(baseline)
-    shown = f"{ratio:.1%}" if workload.share else f"{ratio:.3g}"
+    shown = f"{100 * ratio:.2g}%" if workload.share else f"{ratio:.3g}"
     if target is None:
         return shown
     aim = f"< {target:.0%}" if workload.share else f"{target:g}"
