@@ -22,7 +22,7 @@ def prepared(tmp_path, **environment):
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("XLA_FLAGS", "MALLOC_ARENA_MAX")
+        if name not in ("XLA_FLAGS", "MALLOC_ARENA_MAX", "JAX_COMPILATION_CACHE_DIR")
     }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],

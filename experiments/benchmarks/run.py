@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Annotated
 
 import harness
-import losses
+import loss
 import step
 import tyro
 import views
 import views_share
 
 WORKLOADS = (
-    *losses.WORKLOADS,
+    *loss.WORKLOADS,
     *step.WORKLOADS,
     *views.WORKLOADS,
     *views_share.WORKLOADS,

@@ -304,7 +304,7 @@ def _entropy_and_gradient(logits, targets, temperature):
     exponentials = jnp.exp(shifted / temperature)
     normalizer = jnp.sum(exponentials, axis=-1, keepdims=True)
     # Divided last: a quotient may overflow, and with a target of 0 become NaN.
-    value = (total * jnp.log(normalizer))[..., 0]
+    value = total[..., 0] * jnp.log(normalizer[..., 0])
     value = value - jnp.sum(targets * shifted, axis=-1) / temperature
     gradient = (total / normalizer * exponentials - targets) / temperature
     return value, gradient

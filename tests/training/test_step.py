@@ -295,12 +295,11 @@ def test_a_checkpoint_of_eight_devices_continues_on_fewer(devices, fsdp, tmp_pat
     eight, fewer = setup_of("moco", 8), setup_of("moco", devices, fsdp=fsdp)
     undisturbed = setup_of("moco").run(8)
     state, before = eight.steps(eight.init(), range(6))
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(6, state)
-    checkpoints.close()
-    checkpoints = Checkpoints(tmp_path)
-    restored = checkpoints.restore(fewer.init())
-    checkpoints.close()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(6, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(fewer.init())
+    assert restored is not None
     state, after = fewer.steps(restored, range(6, 8))
     resumed = [float(metrics["loss"]) for metrics in before + after]
     _check_same(undisturbed, (resumed, jax.device_get(state.replace(key=None))))
@@ -335,12 +334,11 @@ def test_a_resumed_run_ends_in_the_same_bytes(name, tmp_path):
     setup = setup_of(name)
     undisturbed, _ = setup.steps(setup.init(), range(8))
     state, _ = setup.steps(setup.init(), range(6))
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(6, state)
-    checkpoints.close()
-    checkpoints = Checkpoints(tmp_path)
-    restored = checkpoints.restore(setup.init())
-    checkpoints.close()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(6, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(setup.init())
+    assert restored is not None
     assert int(restored.step) == 6
     resumed, _ = setup.steps(restored, range(6, 8))
     assert fingerprint(resumed) == fingerprint(undisturbed)
