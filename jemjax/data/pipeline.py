@@ -198,7 +198,7 @@ class Batches(Iterator[dict[str, Any]]):
             stacks = "\n".join(worker.stack for worker in workers)
             print(stacks, file=sys.stderr)
             for child in multiprocessing.active_children():
-                if child.pid in {worker.process for worker in workers}:
+                if child.name.startswith("grain-"):  # some may not have said a thing
                     child.kill()
         else:
             doing = [f"reading {where}" for where in images.now_reading.values()]
