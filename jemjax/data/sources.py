@@ -7,6 +7,7 @@ Grain, a thread pool or a loop can read it.
 import abc
 import collections
 import concurrent.futures
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -743,6 +744,8 @@ def _survey_folder(
             len(files),
             HEADERS_SAMPLED,
         )
+        # A share of a few is not that of all, which is counted as they are read.
+        reading = dataclasses.replace(reading, max_bad_share=1.0)
     else:
         indices = np.arange(len(files))
     paths = tuple(os.path.join(root, files[index]) for index in indices.tolist())
