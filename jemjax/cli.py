@@ -351,7 +351,8 @@ def _data_check(arguments: list[str]) -> None:
         display.header(findings.name, findings.rows())
         for sentence in (*findings.notes, *findings.small, *findings.unreadable):
             display.say(sentence)
-        display.say("all is well" if findings.good else "not all images can be used")
+        usable = "all images can be used" if findings.notes else "all is well"
+        display.say(usable if findings.good else "not all images can be used")
         if not findings.good:
             sys.exit(DataError.exit_code)
 
