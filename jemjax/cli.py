@@ -297,7 +297,9 @@ def _data_prepare(arguments: list[str]) -> None:
 
         Args:
             kind: idx (MNIST-style files), cifar (the Python or binary batches) or
-                folder (train/CLASS/... and test/CLASS/...).
+                folder (train/CLASS/... and test/CLASS/...; as by default, transparency
+                is laid on white, values of 0 to 65535 or 0 to 1 become 8 bits, and a
+                file that cannot be read ends it).
             raw: the folder of the raw files.
             name: under which the set is read, such as fashion_mnist or cifar10.
             out: folder of prepared sets; unless given, TensorFlow Datasets' own.
@@ -351,7 +353,8 @@ def _data_check(arguments: list[str]) -> None:
         display.header(findings.name, findings.rows())
         for sentence in (*findings.notes, *findings.small, *findings.unreadable):
             display.say(sentence)
-        display.say("all is well" if findings.good else "not all images can be used")
+        usable = "all images can be used" if findings.notes else "all is well"
+        display.say(usable if findings.good else "not all images can be used")
         if not findings.good:
             sys.exit(DataError.exit_code)
 

@@ -16,7 +16,6 @@ from jemjax.data.images import (
     Header,
     Inspection,
     Reading,
-    UnreadableImage,
     inspect_image,
 )
 from jemjax.data.sources import (
@@ -170,7 +169,7 @@ class _Look(NamedTuple):
 
     where: str
     label: int
-    found: Inspection | UnreadableImage
+    found: Inspection | DataError
     outside: bool
 
 
@@ -187,7 +186,7 @@ def _look(source: Source, reading: Reading, indices: np.ndarray) -> list[_Look]:
     for file, where, label in source.encoded(indices):
         try:
             found = inspect_image(file, where, reading)
-        except UnreadableImage as error:
+        except DataError as error:  # a disk's failure too, which others survive
             found = error
         outside = isinstance(file, str) and not os.path.realpath(file).startswith(
             os.path.join(root, "")
@@ -200,7 +199,7 @@ def _add(findings: Findings, source: Source, look: _Look, min_size: int) -> None
     if look.label >= 0:
         findings.classes[source.class_names[look.label]] += 1
     findings.outside += look.outside
-    if isinstance(look.found, UnreadableImage):
+    if isinstance(look.found, DataError):
         findings.unreadable.append(str(look.found))
         return
     header, transparent, extremes = look.found

@@ -92,7 +92,7 @@ def prepare(
     Args:
         kind: "idx" (MNIST-style files, packed by gzip or not), "cifar" (the unpacked
             Python or binary archive of CIFAR-10 or CIFAR-100), or "folder" (what
-            `folder:PATH` reads, with its parts train and test).
+            `folder:PATH` reads, with its parts train and test, as `DEFAULT_READING`).
         raw: the folder of the raw files.
         name: of the set: lower-case letters, digits and underscores.
         out: the folder of prepared sets; unless given, TensorFlow Datasets' own.

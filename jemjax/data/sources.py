@@ -7,6 +7,7 @@ Grain, a thread pool or a loop can read it.
 import abc
 import collections
 import concurrent.futures
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -218,24 +219,27 @@ class EncodedSource(Source):
         """Counts an image that cannot be read, and warns of it once.
 
         Raises:
-            DataError: if they are more than is put up with.
+            DataError: if they are more than is put up with, or all.
         """
-        if index in self.unreadable:
-            return
-        self.unreadable[index] = reason
-        if multiprocessing.parent_process() is None:  # that of a worker warns
-            logger.warning("%s; the next image takes its place", reason)
+        if index not in self.unreadable:
+            self.unreadable[index] = reason
+            if multiprocessing.parent_process() is None:  # that of a worker warns
+                logger.warning("%s; the next image takes its place", reason)
         check_share(self.name, self.unreadable.values(), len(self), self.reading)
 
 
 def check_share(
     name: str, reasons: Collection[str], images: int, reading: Reading
 ) -> None:
-    """Refuses more unreadable images than a share of all.
+    """Refuses more unreadable images than a share of all, and a set without others.
 
     Raises:
         DataError: naming them.
     """
+    if len(reasons) >= images:
+        raise DataError(
+            f"{name}: none of {images:,} images can be read:\n{list_reasons(reasons)}"
+        )
     if len(reasons) > reading.max_bad_share * images:
         raise DataError(
             f"{name}: {len(reasons):,} of {images:,} images cannot be read, more than"
@@ -740,6 +744,8 @@ def _survey_folder(
             len(files),
             HEADERS_SAMPLED,
         )
+        # A share of a few is not that of all, which is counted as they are read.
+        reading = dataclasses.replace(reading, max_bad_share=1.0)
     else:
         indices = np.arange(len(files))
     paths = tuple(os.path.join(root, files[index]) for index in indices.tolist())

@@ -138,16 +138,15 @@ def info_nce(
         cosines = row_products(q, earlier)  # (N, Q)
         # A product of -inf would be a share of 0, and so be hidden.
         cosines = jnp.where(jnp.isfinite(cosines), cosines, jnp.nan)
-        if _warm(temperature):
-            others = jnp.log(jnp.sum(jnp.exp((cosines - 1.0) / temperature), axis=1))
-            losses = jax.nn.softplus(others - (positive - 1.0) / temperature)
-            return batch_mean(losses, axis_name)
-        added = positive
+        # Shifted by the largest, the sum is at least 1, however long the queue's rows.
+        largest = lax.stop_gradient(jnp.max(cosines, axis=1))
+        shares = jnp.exp((cosines - largest[:, None]) / temperature)
+        others = jnp.log(jnp.sum(shares, axis=1))
+        losses = jax.nn.softplus(others + (largest - positive) / temperature)
     else:
         cosines = row_products(q, gather(k, axis_name))  # (N, N_global)
         own = _own_columns(q, cosines.shape[1], axis_name)
-        positive, added = _entry(cosines, own), None
-    losses = _negative_log_share(positive, cosines, temperature, added=added)
+        losses = _negative_log_share(_entry(cosines, own), cosines, temperature)
     return batch_mean(losses, axis_name)
 
 
@@ -223,19 +222,15 @@ def _entry(cosines, where):
     return jnp.sum(jnp.where(where, cosines, 0.0), axis=1)
 
 
-def _negative_log_share(positive, cosines, temperature, excluded=False, added=None):
+def _negative_log_share(positive, cosines, temperature, excluded=False):
     """-log(exp(positive / T) / sum_m exp(cosines_m / T)): (N,), (N, M) -> (N,).
 
-    The sum is without the `excluded`, and with one more, `added`, of (N,).
+    The sum is without the `excluded`.
     """
     # Shifted by the largest, the sum is at least 1 at any temperature.
     others = jnp.where(excluded, -jnp.inf, lax.stop_gradient(cosines))
     largest = jnp.max(others, axis=1)
-    if added is not None:
-        largest = jnp.maximum(largest, lax.stop_gradient(added))
     # Zero, because minus infinity would make the temperature's gradient NaN.
     shifted = jnp.where(excluded, 0.0, cosines - largest[:, None]) / temperature
     shares = jnp.sum(jnp.where(excluded, 0.0, jnp.exp(shifted)), axis=1)
-    if added is not None:
-        shares = shares + jnp.exp((added - largest) / temperature)
     return (largest - positive) / temperature + jnp.log(shares)

@@ -162,18 +162,21 @@ def cross_entropy_of_views(
     views, rows, _ = logits.shape
     scale = 1.0 / (targets.shape[0] * (views - 1) * rows * axis_size(axis_name))
     temperature = jnp.asarray(temperature, targets.dtype)
-    # Rows that the partitioner may have sharded, out of sight, are not cut into blocks.
+    # Rows that the partitioner may have sharded, out of sight, are not cut into blocks,
+    # nor is float16: a block's gradient is rounded before the loss scale reaches it.
     local = axis_name is not None or jax.device_count() == 1
-    together = _rows_together(logits.shape) if local else rows
+    whole = not local or logits.dtype == jnp.float16
+    together = rows if whole else _rows_together(logits.shape)
     total = _sum_over_views(logits, targets, temperature, scale, together)
     return psum(total, axis_name)
 
 
 def _rows_together(shape):
-    """The number of rows of a block: a divisor of all, of at most `_BLOCK` numbers."""
+    """The rows of a block, of at most `_BLOCK` numbers; all if none divides well."""
     views, rows, outputs = shape
     fitting = max(1, _BLOCK // (views * outputs))
-    return max(n for n in range(1, min(rows, fitting) + 1) if rows % n == 0)
+    most = max(n for n in range(1, min(rows, fitting) + 1) if rows % n == 0)
+    return most if 8 * most >= min(rows, fitting) else rows
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))

@@ -1,5 +1,6 @@
 """`jemjax data check`: every bad file is named, and the exit code says if any is."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -76,6 +77,20 @@ def test_every_bad_file_is_named_with_its_reason(good):
         assert sum(f"bee/{name}: " in sentence for sentence in found.unreadable) == 1
     ranged = check(str(good), reading=Reading(value_range=(0, 9)))
     assert len(ranged.unreadable) == 10
+
+
+def test_a_file_that_the_disk_does_not_give_is_one_of_the_table(good, monkeypatch):
+    names, opened = sorted(os.listdir(good / "bee")), Image.open
+
+    def fail(file, **options):
+        if file == str(good / "bee" / names[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(file, **options)
+
+    monkeypatch.setattr(Image, "open", fail)
+    found = check(str(good))
+    assert len(found.shorter) == 23 and not found.good
+    assert f"{names[0]}: cannot be read" in found.unreadable[0]
 
 
 def test_prepared_sets_and_digits_are_checked_too(good, tmp_path):

@@ -144,6 +144,21 @@ def test_d1_more_than_the_stated_share_is_refused(tmp_path):
         )
 
 
+def test_d1_a_set_without_one_good_image_is_refused_at_any_share(tmp_path):
+    lenient = Reading(on_bad_image="skip", max_bad_share=1.0)
+    name = numbered_folder(tmp_path, 4)
+    for path in (tmp_path / "train").iterdir():  # behind the header
+        path.write_bytes(path.read_bytes()[:45])
+    source = open_data(name, reading=lenient)
+    for _ in range(2):  # and again, now that all are known
+        with pytest.raises(DataError, match="none of 4 images can be read"):
+            source[1]
+    for path in tmp_path.rglob("*.png"):  # of these the header tells
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of 5 images can be read"):
+        open_data(source.name, reading=lenient)
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "tiff", "bmp"])
 def test_d2_nothing_is_loaded_truncated(kind, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

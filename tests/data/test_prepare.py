@@ -541,7 +541,7 @@ print(time.monotonic() - began < 10)
 """
 
 
-def test_d11_a_set_that_is_not_there_is_told_at_once_without_a_network(tmp_path):
+def test_d11_d12_a_set_that_is_not_there_is_told_at_once_without_a_network(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", OFFLINE, "fashion_mnist", "imagenet2012"],
         capture_output=True,

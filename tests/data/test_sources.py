@@ -12,6 +12,7 @@ from PIL import Image
 from jemjax.data import (
     ArraySource,
     DataError,
+    Reading,
     in_memory,
     load_arrays,
     open_data,
@@ -318,6 +319,24 @@ def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
     # one of another mode and size is brought to the shape of the rest
     write(tmp_path / "train" / "3.png", size=(9, 9))
     assert source[3]["image"].shape == source.image_shape == (4, 6, 1)
+
+
+def test_a_sample_does_not_tell_the_share_of_unreadable_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HEADERS_READ", 10)
+    monkeypatch.setattr(sources, "HEADERS_SAMPLED", 4)
+    for i in range(39):
+        write(tmp_path / "train" / f"{i:02d}.png")
+    write(tmp_path / "test" / "0.png")
+    sampled = sources.spread(40, 4)
+    (tmp_path / "train" / f"{sampled[1]:02d}.png").write_bytes(b"")
+    skip = Reading(on_bad_image="skip", max_bad_share=0.1)  # 1 of 39, not of 4
+    source = open_data(f"folder:{tmp_path}", reading=skip)
+    sources.load_arrays(source)
+    assert list(source.unreadable) == [sampled[1]]
+    for i in sampled:
+        (tmp_path / "train" / f"{i:02d}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="none of 4 images can be read"):
+        open_data(f"folder:{tmp_path}", reading=skip)
 
 
 # ------------------------------------------------------------------ modes and sizes

@@ -405,6 +405,25 @@ def test_a_queue_or_a_center_that_is_not_finite_is_not_hidden(bad):
     assert not np.isfinite(losses.update_center(center, stacked)).all()
 
 
+@pytest.mark.parametrize("length", [20.0, -100.0])
+def test_a_queue_may_have_long_rows(length):
+    x, y = _random((N, D))
+    q = x / np.linalg.norm(x, axis=1, keepdims=True)
+    k = y / np.linalg.norm(y, axis=1, keepdims=True)
+
+    def loss(x, temperature=0.2):
+        return losses.info_nce(x, y, length * q[:5], temperature=temperature)
+
+    value, gradient = jax.value_and_grad(loss)(x)
+    traced = jax.jit(jax.value_and_grad(loss))(x, jnp.float32(0.2))
+    chex.assert_trees_all_close((value, gradient), traced, rtol=1e-5, atol=1e-6)
+    positive = np.sum(q * k, axis=1, keepdims=True, dtype=np.float64)
+    logits = np.concatenate([positive, length * q @ q[:5].T], axis=1) / 0.2
+    expected = np.mean(np.logaddexp.reduce(logits, axis=1) - logits[:, 0])
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    chex.assert_tree_all_finite(gradient)
+
+
 @pytest.mark.parametrize(
     "name",
     [

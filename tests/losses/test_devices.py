@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,6 +68,21 @@ def test_gradients_made_block_by_block(monkeypatch, name):
     monkeypatch.setattr(distillation, "_BLOCK", 1)  # a row: a device has two here
     contexts = ("shard_map of grad", "grad of shard_map, Explicit", "vmap")
     _check_natural(name, contexts=contexts, devices=8)
+
+
+def test_blocks_leave_float16_gradients_to_the_loss_scale(monkeypatch):
+    stacked = jnp.asarray(_random((1, 2, 4, 50), 0), jnp.float16)  # (shard, V, N, K)
+
+    def scaled(student):
+        teacher, center = stacked[0], jnp.zeros(50)
+        return 2.0**13 * losses.dino(student, teacher, center, axis_name="data")
+
+    def gradient():
+        return jax.vmap(jax.grad(scaled), axis_name="data")(stacked)
+
+    whole = gradient()
+    monkeypatch.setattr(distillation, "_BLOCK", 1)
+    np.testing.assert_array_equal(gradient(), whole)
 
 
 # As many rows as columns at most, and more; the widths are odd.
