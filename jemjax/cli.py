@@ -48,7 +48,10 @@ def reporting_errors() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.exit_code)
-        if error.exit_code > 128:  # a thread that waits for a disk may never end
+        jax = sys.modules.get("jax")
+        alone = jax is None or not jax.distributed.is_initialized()
+        # A thread that waits for a disk may never end; other hosts are waited for.
+        if error.exit_code > 128 and alone:
             leave = threading.Timer(5, os._exit, [error.exit_code])
             leave.daemon = True
             leave.start()
@@ -263,9 +266,9 @@ def _replay(arguments: list[str]) -> None:
         """
         from pathlib import Path
 
-        from jemjax.runtime import tune_cpu
+        from jemjax.runtime import prepare_process
 
-        tune_cpu()
+        prepare_process()
         from jemjax.training.replay import replay
 
         replay(Path(run), step=step, data_dir=data_dir)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 EVERY = 200  # steps between measurements, and between checkpoints
-WARM_UP = 5  # minutes in which memory may grow
+WARM_UP = 10  # minutes in which memory may grow
 
 
 def resident(pid: int) -> float:
@@ -30,6 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     minutes = parser.parse_args().minutes
+    if minutes < WARM_UP + 2:
+        parser.error(f"--minutes: got {minutes:g}, expected at least {WARM_UP + 2}")
     with tempfile.TemporaryDirectory() as place:
         command = f"pretrain vicreg --output {place}/run --steps 10000000"
         command += f" --eval-every {EVERY} --checkpoint-every {EVERY}"
@@ -44,11 +46,11 @@ def main() -> None:
                 if process.poll() is not None:
                     sys.exit(f"the run ended with code {process.returncode}")
                 minute = int(passed)
-                if minute not in by_minute and minute > 0:
-                    held = by_minute[minute - 1]
+                if by_minute and minute not in by_minute:
+                    ended, held = list(by_minute.items())[-1]
+                    low, high = min(held), max(held)
                     print(
-                        f"minute {minute:>3}: {min(held):,.0f} to {max(held):,.0f} MB",
-                        flush=True,
+                        f"minute {ended:>3}: {low:,.0f} to {high:,.0f} MB", flush=True
                     )
                 by_minute.setdefault(minute, []).append(resident(process.pid))
                 time.sleep(1)

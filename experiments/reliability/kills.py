@@ -33,8 +33,8 @@ def kill(method: str, folder: Path, draw: random.Random, duration: float) -> str
     """Starts or resumes a run and kills it; says where that fell, "" if too late."""
     process = start(method, folder)
     began = time.monotonic()
-    if draw.random() < 0.5:
-        done = max(stored.saved_steps(folder / "checkpoints"), default=0)
+    done = max(stored.saved_steps(folder / "checkpoints"), default=0)
+    if draw.random() < 0.5 and done < STEPS:
         step = str(draw.randrange(done + EVERY, STEPS + 1, EVERY))
         while process.poll() is None and being_written(folder) != step:
             time.sleep(0.0005)

@@ -20,7 +20,7 @@ import numpy as np
 
 from jemjax.training import stored
 from jemjax.training.checkpoints import Checkpoints
-from jemjax.training.state import TrainState
+from jemjax.training.state import Skipped, TrainState
 
 
 def make_state(megabytes: float, arrays: int = 160) -> TrainState:
@@ -40,6 +40,7 @@ def make_state(megabytes: float, arrays: int = 160) -> TrainState:
         params=tree(),
         batch_stats={},
         opt_state={"first": tree(), "second": tree()},
+        skipped=Skipped(*[jnp.zeros((), jnp.int32) for _ in Skipped._fields]),
     )
 
 

@@ -114,7 +114,8 @@ class Checkpoints:
         error = self._settle()
         if error is not None and retry:
             self._say(f"WARNING: {error}")
-            self._remove_old(keep=1)
+            with contextlib.suppress(OSError):  # the second attempt tells
+                self._remove_old(keep=1)
             self._start(step, state)
             error = self._settle()
         if error is not None:
@@ -154,7 +155,8 @@ class Checkpoints:
                     digests.stop()
             if digests:
                 stored.finish(self._folder, step, self._about, leaves, digests)
-                self._remove_old(keep=KEPT)
+                with contextlib.suppress(OSError):  # this one is committed
+                    self._remove_old(keep=KEPT)
 
         try:
             self._make_room()
@@ -278,6 +280,8 @@ class Checkpoints:
                 self._set_aside(step, str(error))
                 problem = error
             except OSError as error:
+                if not (self._folder / str(step)).exists():
+                    return self._newest_whole(like, until)
                 raise CheckpointError(
                     f"checkpoint {step} in {self._folder} cannot be read"
                     f" ({_reason(error)})"
@@ -285,7 +289,8 @@ class Checkpoints:
             else:
                 _require_same_leaves(self._folder / str(step), manifest.leaves, like)
                 return step
-        aside = stored.set_aside_before(self._folder)
+        # For `replay` a step may be reached from the start, too.
+        aside = stored.set_aside_before(self._folder) if until is None else []
         if problem or aside:
             raise CheckpointError(
                 f"no checkpoint in {self._folder} is whole"

@@ -30,6 +30,9 @@ _COUNTS = (_COUNT, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Seconds after which somebody who waits for other hosts is told so.
 PATIENCE = 10
 
+# A file by which hosts see that they share a folder.
+HOSTS_NAME = ".jemjax-hosts"
+
 
 class CommonError(UserError):
     """An error that all hosts stop with, and that the first one tells."""
@@ -129,7 +132,7 @@ def require_shared(folder: Path) -> None:
     """Stops all hosts where one does not see what the first writes into a folder."""
     if jax.process_count() == 1:
         return
-    mark = folder / ".jemjax-hosts"
+    mark = folder / HOSTS_NAME
     with together():
         if is_first():
             mark.write_text(uuid.uuid4().hex)

@@ -50,6 +50,7 @@ from jemjax.training.features import (
     embed_examples,
 )
 from jemjax.training.hosts import (
+    HOSTS_NAME,
     connect,
     end_on_sigterm,
     is_first,
@@ -516,6 +517,9 @@ def _stop(signals: Signals, config: PretrainConfig, where: str) -> NoReturn:
     command = ["jemjax", "pretrain", config.method.name, "--config"]
     command += [str(Path(config.output or "") / "config.toml"), "--resume"]
     command += ["--multihost"] if jax.process_count() > 1 else []
+    command += [] if config.fallback else ["--no-fallback"]
+    if config.allow_change:
+        command += ["--allow-change", *config.allow_change]
     stop(
         f"stopped by {signals.name} {where}; it continues with:\n"
         f"  {shlex.join(command)}",
@@ -532,12 +536,16 @@ def _terms(metrics) -> list[str]:
     return [name for name in metrics if name not in others]
 
 
+# What a run that was killed before it had its configuration may have left.
+_BEFORE_A_RUN = {LOCK_NAME, HOSTS_NAME, "config.tmp"}
+
+
 def _check_folder(config: PretrainConfig, folder: Path) -> None:
     """Refuses a folder that is not a run's, before anything is written there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
     used = (folder / "config.toml").exists()
-    if not used and folder.exists() and {*os.listdir(folder)} - {LOCK_NAME}:
+    if not used and folder.exists() and {*os.listdir(folder)} - _BEFORE_A_RUN:
         raise UserError(
             f"--output {folder}: holds files that are not of a run; choose another"
             " folder"

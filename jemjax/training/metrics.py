@@ -96,9 +96,13 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """A file to write, which takes the place of `path` once it is complete."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        yield file
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Display:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from jemjax.errors import DivergenceError
+from jemjax.errors import CheckpointError, DivergenceError
 from jemjax.training.checkpoints import Checkpoints
 from jemjax.training.config import PretrainConfig
 from jemjax.training.hosts import is_first, together
@@ -109,12 +109,16 @@ class SkippedSteps:
             # As it was before the step.
             back = state.step - (state.step - number + 1)
             zeros = jax.tree.map(lambda x: x - x, state.skipped)
-            if is_first():
-                place.mkdir(exist_ok=True)
-            with Checkpoints(place, say=self._say) as kept:
-                kept.save(
-                    number - 1, state.replace(step=back, skipped=zeros), last=True
-                )
+            before = state.replace(step=back, skipped=zeros)
+            try:
+                if is_first():
+                    place.mkdir(exist_ok=True)
+                with Checkpoints(place, say=self._say) as kept:
+                    kept.save(number - 1, before, last=True)
+            except (CheckpointError, OSError) as error:
+                if jax.process_count() > 1:  # the others may wait for this one
+                    raise
+                self._warn(place, error)
         elif state is None and is_first():
             last = self._last()
             if last is not None and last not in kept_steps:
@@ -123,10 +127,16 @@ class SkippedSteps:
                     shutil.copytree(self._folder / where, place / where)
                 except OSError as error:  # `replay` takes more steps again, then
                     shutil.rmtree(place / where, ignore_errors=True)
-                    self._say(f"WARNING: {place / where}: not kept ({error})")
+                    self._warn(place / where, error)
         if is_first():
-            place.mkdir(exist_ok=True)
-            write_json(place / _FILE, {"step": number})
+            try:
+                place.mkdir(exist_ok=True)
+                write_json(place / _FILE, {"step": number})
+            except OSError as error:
+                self._warn(place / _FILE, error)
+
+    def _warn(self, path: Path, error: Exception) -> None:
+        self._say(f"WARNING: {path}: not kept ({error})")
 
 
 _all_finite = jax.jit(all_finite)

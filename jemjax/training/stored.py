@@ -343,6 +343,8 @@ def list_checkpoints(checkpoints: Path, *, contents: bool = False) -> list[Row]:
                 continue
             state = "damaged: " + str(error).partition(": ")[2]
         except OSError as error:
+            if not place.exists():
+                continue
             state = f"cannot be read: {error}"
         rows.append(Row(place.name, folder_size(place), saved, state))
     for place in _entries(checkpoints):

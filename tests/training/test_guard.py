@@ -1,6 +1,7 @@
 """Numbers that are not finite: skipped, kept, found again, and the end of a run."""
 
 import dataclasses
+import errno
 import io
 import json
 import subprocess
@@ -19,7 +20,7 @@ from jemjax.data import open_data
 from jemjax.errors import DivergenceError, UserError
 from jemjax.methods import VICReg
 from jemjax.runtime import quick_compilation
-from jemjax.training import loop
+from jemjax.training import loop, skipped, stored
 from jemjax.training import step as step_module
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import OptimizerOptions, PretrainConfig, resolve
@@ -28,8 +29,8 @@ from jemjax.training.loop import build, explaining_memory, pretrain
 from jemjax.training.mesh import make_mesh, to_devices
 from jemjax.training.metrics import Display, read_metrics
 from jemjax.training.replay import find, replay
-from jemjax.training.skipped import skipped_step
-from jemjax.training.state import Skipped, all_finite
+from jemjax.training.skipped import SkippedSteps, skipped_step
+from jemjax.training.state import Skipped, TrainState, all_finite
 from jemjax.training.stored import saved_steps
 
 
@@ -187,6 +188,39 @@ def test_after_some_in_a_row_a_run_stops_with_its_last_good_state(poisoned, tmp_
     with Checkpoints(folder / "skipped") as checkpoints:
         assert fingerprint(checkpoints.restore(first)) == fingerprint(first)
     assert skipped_step(folder) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(stored, "finish"), (skipped, "write_json")]
+)
+def test_what_cannot_be_kept_for_replay_ends_no_run(
+    module, name, tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, name, fail)
+    said = []
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(
+        step=zero,
+        key=jax.random.key(0),
+        params={"kernel": jnp.ones(3)},
+        batch_stats={},
+        opt_state={},
+        skipped=Skipped(zero, zero, zero),
+    )
+    config = PretrainConfig(VICReg(), max_skipped=2)
+    skipping = SkippedSteps(config, tmp_path, state, said.append)
+
+    def after(step):
+        return state.replace(step=zero + step, skipped=Skipped(*[zero + step] * 3))
+
+    assert skipping.heed(1, after(1)) == 1
+    assert "not kept" in said[-1] and "No space left" in said[-1]
+    with pytest.raises(DivergenceError, match="--max-skipped allows 2") as error:
+        skipping.heed(2, after(2))
+    assert error.value.exit_code == 4
 
 
 @pytest.mark.slow

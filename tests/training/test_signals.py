@@ -54,7 +54,7 @@ elif phase == "step":
 elif phase == "evaluation":
     replace(loop, "embed_examples", 600)
 elif phase == "data":
-    replace(pipeline, "_gather_images", 600, lambda source, number, _: number > 6)
+    replace(pipeline, "_gather", 600, lambda source, crops, seed, number, _: number > 6)
 elif phase == "save":
     replace(checkpoints.Checkpoints, "save", 1)
 elif phase == "measurement":
