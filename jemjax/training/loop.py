@@ -235,7 +235,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         _check_test(config, source, test)
         run = build(config, source)
         run.check()
-        # All that can be refused is: images are decoded now.
+        # Settings that make no sense were refused: images are decoded now.
         source, test = _read(source, display), _read(test, display)
     require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
     folder = Path(config.output)
@@ -249,7 +249,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
                 _prepare_folder(config, folder, about, display)
         require_shared(folder)
         with together():
-            if is_first():
+            if is_first() and not (folder / "config.toml").exists():
                 _write_config(config, folder)
         display.header(f"jemjax {config.method.name}", _header(run, source, test))
         signals = held.enter_context(Signals())
@@ -276,6 +276,9 @@ def _run(
     )
     with checkpoints:
         restored = checkpoints.restore(state)
+        with together():
+            if is_first():  # what a resumed run has changed, now that its state fits
+                _write_config(config, folder)
         if restored is not None:
             state = restored
             display.say(f"resumed after step {int(state.step)}")

@@ -13,7 +13,7 @@ from jemjax.training.config import PretrainConfig
 from jemjax.training.hosts import is_first, together
 from jemjax.training.metrics import write_json
 from jemjax.training.state import TrainState, all_finite
-from jemjax.training.stored import saved_steps
+from jemjax.training.stored import saved_steps, unfinished
 
 # In a run's folder: a state from which the bad step is reached, and its number.
 FOLDER = "skipped"
@@ -58,8 +58,8 @@ class SkippedSteps:
             self._known = count
             self._say(
                 f"step {number}: loss or gradient was not finite, so it changed"
-                f" nothing; {count} skipped so far; `jemjax replay {self._folder}`"
-                " names the first such number"
+                f" nothing; {count} skipped so far; `jemjax replay {self._folder}"
+                f" --step {number}` names the first such number"
             )
             self._keep(number, state if in_a_row else None, diverged)
         if diverged:
@@ -123,10 +123,12 @@ class SkippedSteps:
             last = self._last()
             if last is not None and last not in kept_steps:
                 where = Path("checkpoints") / str(last)
+                copy = unfinished(place / "checkpoints", last)
                 try:
-                    shutil.copytree(self._folder / where, place / where)
+                    shutil.copytree(self._folder / where, copy)
+                    copy.rename(place / where)
                 except OSError as error:  # `replay` takes more steps again, then
-                    shutil.rmtree(place / where, ignore_errors=True)
+                    shutil.rmtree(copy, ignore_errors=True)
                     self._warn(place / where, error)
         if is_first():
             try:
