@@ -235,8 +235,6 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         _check_test(config, source, test)
         run = build(config, source)
         run.check()
-        # Settings that make no sense were refused: images are decoded now.
-        source, test = _read(source, display), _read(test, display)
     require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
     folder = Path(config.output)
     about = describe_run(config, source)
@@ -246,11 +244,17 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
             if is_first():
                 _check_folder(config, folder)
                 held.enter_context(locked(folder))
-                _prepare_folder(config, folder, about, display)
+                _compare_folder(config, folder, about, display)
         require_shared(folder)
+        # All that can be refused is: images are decoded now.
+        with together(), explaining_memory(config):
+            source, test = _read(source, display), _read(test, display)
         with together():
-            if is_first() and not (folder / "config.toml").exists():
-                _write_config(config, folder)
+            if is_first():
+                if config.overwrite:
+                    _empty_folder(folder)
+                if not (folder / "config.toml").exists():
+                    _write_config(config, folder)
         display.header(f"jemjax {config.method.name}", _header(run, source, test))
         signals = held.enter_context(Signals())
         held.enter_context(explaining_memory(config))
@@ -562,18 +566,20 @@ def _check_folder(config: PretrainConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _prepare_folder(
+def _empty_folder(folder: Path) -> None:
+    with _writing(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+
+
+def _compare_folder(
     config: PretrainConfig, folder: Path, about: dict[str, Any], display: Display
 ) -> None:
-    """Empties the folder, or compares this run with the one that it holds."""
-    if config.overwrite:
-        with _writing(folder):
-            for path in folder.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != LOCK_NAME:
-                    path.unlink()
-    elif (folder / "config.toml").exists():
+    """Compares this run with the one that the folder holds, if that goes on."""
+    if (folder / "config.toml").exists() and not config.overwrite:
         differences = compare(folder, about, config.allow_change)
         if differences:
             display.say(f"WARNING: {folder} was begun otherwise; other numbers follow:")
