@@ -125,7 +125,7 @@ class SkippedSteps:
                 where = Path("checkpoints") / str(last)
                 copy = unfinished(place / "checkpoints", last)
                 try:
-                    shutil.copytree(self._folder / where, copy)
+                    shutil.copytree(self._folder / where, copy, dirs_exist_ok=True)
                     copy.rename(place / where)
                 except OSError as error:  # `replay` takes more steps again, then
                     shutil.rmtree(copy, ignore_errors=True)
