@@ -293,6 +293,29 @@ def test_the_last_save_is_tried_twice_and_then_stops(run, monkeypatch):
     assert stored.saved_steps(run / "checkpoints") == [30]
 
 
+def test_old_checkpoints_that_cannot_be_removed_stay(run, monkeypatch):
+    def remove(folder, remove=stored.remove):
+        if folder.name.isdecimal():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return remove(folder)
+
+    finish, calls = stored.finish, []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise FULL
+        finish(*arguments)
+
+    monkeypatch.setattr(stored, "remove", remove)
+    monkeypatch.setattr(stored, "finish", fail_once)
+    said = []
+    with Checkpoints(run, say=said.append) as checkpoints:
+        checkpoints.save(30, _state(30), last=True)
+    assert len(said) == 1 and "No space left" in said[0]
+    assert stored.saved_steps(run / "checkpoints") == [10, 20, 30]
+
+
 def test_an_error_of_a_save_does_not_hide_an_earlier_one(run, monkeypatch):
     def fail(*arguments):
         raise FULL
@@ -457,6 +480,28 @@ def test_verify_reads_every_file_and_leaves_with_5_if_one_is_damaged(run, capsys
     assert "state/_METADATA has other contents" in said.out
     assert "not whole: 10" in said.err
     assert (run / "checkpoints" / "10").exists(), "it only reads"
+
+
+def test_what_a_run_removes_while_it_is_read_is_not_broken(run, monkeypatch, capsys):
+    digest = stored._sha256
+
+    def removing(old):
+        def replaced(path):
+            if old in path.parts and path.exists():
+                stored.remove(run / "checkpoints" / old)
+            return digest(path)
+
+        return replaced
+
+    monkeypatch.setattr(stored, "READERS", 1)
+    monkeypatch.setattr(stored, "_sha256", removing("10"))
+    assert _run_command("verify", run) == 0
+    said = capsys.readouterr().out
+    assert said.count("whole") == 1 and "cannot be read" not in said
+    _save(run, 30)
+    monkeypatch.setattr(stored, "_sha256", removing("30"))
+    restored, _ = _restore(run, writable=False)
+    assert int(restored.step) == 20
 
 
 def test_prune_keeps_the_newest_whole_ones(run, capsys):

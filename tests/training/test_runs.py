@@ -13,7 +13,11 @@ import pytest
 from PIL import Image
 
 from jemjax.cli import METHOD_NAMES
-from jemjax.training.metrics import MetricsFile, read_metrics
+from jemjax.errors import UserError
+from jemjax.methods import VICReg
+from jemjax.training import loop
+from jemjax.training.config import PretrainConfig
+from jemjax.training.metrics import MetricsFile, read_metrics, replacing
 
 # A network and a run so small that compilation is most of the time.
 TINY = [
@@ -364,6 +368,18 @@ def test_misspelt_commands_get_a_suggestion(arguments):
     done = _jemjax(*arguments)
     assert done.returncode == 2
     assert "did you mean" in done.stderr
+
+
+def test_a_start_that_failed_does_not_lock_its_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "config.toml"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    for name in ("config.tmp", ".jemjax-hosts", ".jemjax-lock"):  # it was killed
+        (tmp_path / name).touch()
+    loop._check_folder(PretrainConfig(VICReg()), tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds files"):
+        loop._check_folder(PretrainConfig(VICReg()), tmp_path)
 
 
 def test_metrics_are_rewound_to_the_restored_step(tmp_path):

@@ -10,6 +10,11 @@ import time
 
 import pytest
 
+from jemjax import cli
+from jemjax.errors import UserError
+from jemjax.methods import VICReg
+from jemjax.training import loop
+from jemjax.training.config import PretrainConfig
 from jemjax.training.metrics import read_metrics
 from jemjax.training.signals import NAMES, Signals
 
@@ -184,6 +189,24 @@ def test_a_second_signal_ends_the_process_at_once(name, code):
         run.kill()
     assert run.returncode == code
     assert f"jemjax: {name}: stopping" in said
+
+
+def test_the_command_that_is_printed_has_what_resuming_needs(tmp_path, monkeypatch):
+    given = PretrainConfig(
+        VICReg(),
+        output=str(tmp_path),
+        fallback=False,
+        allow_change=("views", "backbone"),
+    )
+    loop._write_config(given, tmp_path)
+    with pytest.raises(UserError) as stopped:
+        loop._stop(Signals(), given, "after step 1")
+    resumed = []
+    monkeypatch.setattr(loop, "pretrain", resumed.append)
+    monkeypatch.setattr("jemjax.runtime.prepare_process", lambda: None)
+    cli.main(str(stopped.value).splitlines()[-1].split()[1:])
+    assert resumed[0].resume and not resumed[0].fallback
+    assert resumed[0].allow_change == ("views", "backbone")
 
 
 @pytest.fixture
