@@ -1,5 +1,6 @@
 """Signals that end a run: noted, until the step is done and its state is saved."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -53,7 +54,10 @@ class Signals:
         # compiles. What is written into the pipe at once is read by a thread.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
-        threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
+        self._watcher = threading.Thread(
+            target=self._watch, args=(self._pipe[0],), daemon=True
+        )
+        self._watcher.start()
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in self._before:
             signal.signal(number, self._handle)
@@ -66,18 +70,22 @@ class Signals:
             signal.signal(number, before)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._pipe[1])  # by which the thread ends
+        self._watcher.join(timeout=5)
 
     def _watch(self, pipe: int) -> None:
         seen = 0
         while read := os.read(pipe, 64):
             ours = [number for number in read if number in self._before]
             if ours and not seen:
-                print(
-                    f"\njemjax: {signal.Signals(ours[0]).name}: stopping after this"
-                    " step; at once if it comes again",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                with contextlib.suppress(
+                    OSError, ValueError
+                ):  # nobody is there to read
+                    print(
+                        f"\njemjax: {signal.Signals(ours[0]).name}: stopping after this"
+                        " step; at once if it comes again",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             seen += len(ours)
             if seen > 1:
                 os._exit(128 + ours[-1])
