@@ -27,6 +27,8 @@ import numpy as np
 
 WORKER = Path(__file__).with_name("worker.py")
 PATIENCE = 200.0  # seconds for one answer
+# What every contender of ours needs.
+JEMJAX = ("jemjax", "jax", "jaxlib")
 
 # Freed memory stays with the process: without these glibc returns every large buffer to
 # the system, and XLA, which allocates its results anew at each call, pays for it most.

@@ -8,7 +8,7 @@ arrays that a network made, and Sinkhorn's the assignments. The float64 referenc
 
 import os
 
-from harness import Contender, Workload
+from harness import JEMJAX, Contender, Workload
 
 TEMPERATURE, EPSILON, LAMBDA = 0.1, 0.05, 0.0051
 
@@ -164,8 +164,8 @@ def plain_jax(loss, shape):
     return with_jax(locals()[loss], loss, shape)
 
 
-def official(loss, shape, compile=False):
-    """As the papers' codes compute it."""
+def official_loss(loss):
+    """As the papers' codes compute it, a function of PyTorch's tensors."""
     import torch
     from torch.nn import functional as F
 
@@ -234,7 +234,12 @@ def official(loss, shape, compile=False):
         targets = F.softmax((teacher - center) / 0.04, dim=-1)
         return pairs(targets, student / TEMPERATURE)
 
-    return with_torch(locals()[loss], loss, shape, compile)
+    return locals()[loss]
+
+
+def official(loss, shape, compile=False):
+    """The published formulation, eager or compiled."""
+    return with_torch(official_loss(loss), loss, shape, compile)
 
 
 def official_compiled(loss, shape):
@@ -295,7 +300,6 @@ PACKAGES = {
     "optax": ("optax", "jax", "jaxlib"),
     "ott": ("ott-jax", "jax", "jaxlib"),
 }
-JEMJAX = ("jemjax", "jax", "jaxlib")
 
 
 def workload(loss, shape, title, *peers, **targets):

@@ -7,16 +7,17 @@ makes its own views, which lack hue, saturation and solarization, and its projec
 no normalization.
 """
 
-from harness import Contender, Workload
-from views import JEMJAX, photos
+from harness import JEMJAX, Contender, Workload
+from loss import official_loss
+from views import photos
 
 SIZE = 32
 WIDTHS = (2048, 2048, 2048)
 PROTOTYPES = 4096
 
 
-def jemjax(method, backbone, batch_size):
-    """The step of `jemjax pretrain`, from the images to the updated state."""
+def built(method, backbone, batch_size, hyper, **options):
+    """A run of ours with small images, and a batch on the device."""
     from jemjax.runtime import tune_cpu
 
     tune_cpu()  # before jax starts
@@ -24,23 +25,24 @@ def jemjax(method, backbone, batch_size):
 
     from jemjax.data.sources import ArraySource
     from jemjax.methods import METHODS
-    from jemjax.training.config import OptimizerOptions, PretrainConfig, resolve
+    from jemjax.training.config import PretrainConfig, resolve
     from jemjax.training.loop import build
 
     images = photos(batch_size, SIZE)
     source = ArraySource(images, name="photos")
-    hyper = {"projector": WIDTHS}
-    if method == "dino":
-        hyper |= {"num_prototypes": PROTOTYPES, "local_views": 0}
     config = PretrainConfig(
         METHODS[method](**hyper),
         backbone=backbone,
         batch_size=batch_size,
         steps=1000,
-        optimizer=OptimizerOptions("sgd", 1e-3, 1e-4, momentum=0.9),
+        **options,
     )
-    run = build(resolve(config, source), source)
-    state, images = run.init(), jax.device_put(images)
+    return build(resolve(config, source), source), jax.device_put(images)
+
+
+def steps_of(run, images):
+    """A call that takes a step from the images to the updated state, and keeps that."""
+    state = run.init()
 
     def call():
         nonlocal state
@@ -49,6 +51,17 @@ def jemjax(method, backbone, batch_size):
         return metrics
 
     return call
+
+
+def jemjax(method, backbone, batch_size):
+    """The step of `jemjax pretrain`, with the peers' heads and optimizer."""
+    from jemjax.training.config import OptimizerOptions
+
+    hyper = {"projector": WIDTHS}
+    if method == "dino":
+        hyper |= {"num_prototypes": PROTOTYPES, "local_views": 0}
+    optimizer = OptimizerOptions("sgd", 1e-3, 1e-4, momentum=0.9)
+    return steps_of(*built(method, backbone, batch_size, hyper, optimizer=optimizer))
 
 
 def resnet18():
@@ -106,22 +119,6 @@ def vit_tiny():
     return Transformer(), width
 
 
-def official_vicreg(x, y):
-    """The published formula: D x D covariances."""
-    import torch
-    from torch.nn import functional
-
-    count, width = x.shape
-    invariance = functional.mse_loss(x, y)
-    x, y = x - x.mean(0), y - y.mean(0)
-    hinges = [torch.relu(1 - torch.sqrt(z.var(0) + 1e-4)).mean() / 2 for z in (x, y)]
-    penalties = []
-    for z in (x, y):
-        squares = (z.T @ z / (count - 1)).pow(2)
-        penalties.append((squares.sum() - squares.diagonal().sum()) / width)
-    return 25 * invariance + 25 * sum(hinges) + sum(penalties)
-
-
 def torch_step(method, backbone, batch_size, compiled=False, channels_last=False):
     """Eager PyTorch on all cores, or torch.compile, of ready-made views."""
     import copy
@@ -129,7 +126,6 @@ def torch_step(method, backbone, batch_size, compiled=False, channels_last=False
 
     import torch
     from torch import nn
-    from torch.nn import functional
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
@@ -156,20 +152,16 @@ def torch_step(method, backbone, batch_size, compiled=False, channels_last=False
     ]
     center = torch.zeros(PROTOTYPES)
 
-    def dino_loss():
-        logits = network(torch.cat(views)).chunk(2)
-        with torch.no_grad():
-            raw = teacher(torch.cat(views))
-            targets = functional.softmax((raw - center) / 0.04, 1).chunk(2)
-        pairs = ((0, 1), (1, 0))
-        loss = sum(
-            -(targets[i] * functional.log_softmax(logits[j] / 0.1, 1)).sum(1).mean()
-            for i, j in pairs
-        )
-        return loss / 2, raw.mean(0)
+    official = official_loss(method)
 
     def vicreg_loss():
-        return official_vicreg(network(views[0]), network(views[1])), None
+        return official(*map(network, views)), None
+
+    def dino_loss():
+        logits = torch.stack(network(torch.cat(views)).chunk(2))
+        with torch.no_grad():
+            raw = teacher(torch.cat(views))
+        return official(logits, torch.stack(raw.chunk(2)), center), raw.mean(0)
 
     forward = vicreg_loss if method == "vicreg" else dino_loss
     if compiled:

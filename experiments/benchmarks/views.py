@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 
-from harness import Contender, Workload
+from harness import JEMJAX, Contender, Workload
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_SCALE = (0.08, 1.0)
@@ -249,7 +249,6 @@ def mapped(view, images):
 
 
 OURS = ("jemjax fused", "jemjax faithful")
-JEMJAX = ("jemjax", "jax", "jaxlib")
 
 
 def workload(size, batch_size, blur, batches, targets):

@@ -1,51 +1,27 @@
 """What share of a training step its views take: VICReg at 32 pixels."""
 
-from harness import Contender, Workload
-from views import JEMJAX, made_by_recipe, photos
+from harness import JEMJAX, Contender, Workload
+from step import built, steps_of
+from views import made_by_recipe
 
 STEP = "the whole step"
 
 
-def built(backbone, batch_size, color=None):
+def ours(backbone, batch_size, color=None):
     """VICReg's run with its recipe for small images, and a batch on the device."""
-    from jemjax.runtime import tune_cpu
+    from jemjax.training.config import ViewOptions
 
-    tune_cpu()  # before jax starts
-    import jax
-
-    from jemjax.data.sources import ArraySource
-    from jemjax.methods import METHODS
-    from jemjax.training.config import PretrainConfig, ViewOptions, resolve
-    from jemjax.training.loop import build
-
-    images = photos(batch_size, 32)
-    source = ArraySource(images, name="photos")
-    config = PretrainConfig(
-        METHODS["vicreg"](),
-        backbone=backbone,
-        batch_size=batch_size,
-        steps=1000,
-        views=ViewOptions(color=color),
-    )
-    return build(resolve(config, source), source), jax.device_put(images)
+    return built("vicreg", backbone, batch_size, {}, views=ViewOptions(color=color))
 
 
 def step(**sizes):
     """From the uint8 batch to the updated state, which is donated."""
-    run, images = built(**sizes)
-    state = run.init()
-
-    def call():
-        nonlocal state
-        state, metrics = run.step(state, images)
-        return metrics
-
-    return call
+    return steps_of(*ours(**sizes))
 
 
 def faithful_views(**sizes):
     """What the step does to the batch before the network sees it, alone."""
-    run, images = built(**sizes)
+    run, images = ours(**sizes)
     return made_by_recipe(run.recipe, images)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training.disks import mount
 
 from jemjax.cli import main
 from jemjax.errors import CheckpointDamaged, CheckpointError, UserError
@@ -331,13 +332,7 @@ def test_an_error_of_a_save_does_not_hide_an_earlier_one(run, monkeypatch):
 @contextlib.contextmanager
 def _small_disk(folder, size):
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("a small file system cannot be made: there is no mount")
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be made: {mounted.stderr.strip()}")
+    mount(folder, f"size={size}")
     try:
         yield folder
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from training.disks import mount
 
 from jemjax.training import stored
 from jemjax.training.metrics import read_metrics
@@ -52,23 +53,13 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def _mount(folder, options):
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("a small file system cannot be made: there is no mount")
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be made: {done.stderr.strip()}")
-
-
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_keeps_what_it_has_and_goes_on_once_there_is_room(
     undisturbed, tmp_path
 ):
     disk = tmp_path / "disk"
     disk.mkdir()
-    _mount(disk, "size=1600k")  # one checkpoint has 1.0 MB
+    mount(disk, "size=1600k")  # one checkpoint has 1.0 MB
     try:
         code, out, errors = _run(disk / "run", "--resume")
         assert code == 5, out + errors
@@ -77,7 +68,7 @@ def test_a_run_on_a_full_disk_keeps_what_it_has_and_goes_on_once_there_is_room(
         (step,) = stored.saved_steps(disk / "run" / "checkpoints")
         stored.verify(disk / "run" / "checkpoints" / str(step))
         assert f"saved are: {step}." in errors
-        _mount(disk, "remount,size=20m")
+        mount(disk, "remount,size=20m")
         code, out, errors = _run(disk / "run", "--resume")
         assert code == 0, errors
         assert f"resumed after step {step}" in out
@@ -92,7 +83,7 @@ def test_a_run_on_a_full_disk_keeps_what_it_has_and_goes_on_once_there_is_room(
 def test_a_run_on_a_read_only_disk_is_refused_in_a_sentence(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    _mount(disk, "size=1m,ro")
+    mount(disk, "size=1m,ro")
     try:
         code, _, errors = _run(disk / "run")
     finally:
