@@ -21,6 +21,8 @@ from jemjax.augment.inputs import (
 
 Padding = Literal["reflect", "zero"]
 
+BLUR_DRAWS = 2  # uniform numbers for a blur: whether, and sigma
+
 
 def gaussian_blur(
     images: jax.Array,
@@ -83,7 +85,7 @@ def random_gaussian_blur(
     """
     planes = to_planes(images)
     blurred = random_blur_planes(
-        key,
+        uniforms(example_keys(key, len(planes)), BLUR_DRAWS),
         planes,
         sigma=sigma,
         probability=probability,
@@ -94,7 +96,7 @@ def random_gaussian_blur(
 
 
 def random_blur_planes(
-    key: jax.Array,
+    draws: jax.Array,
     planes: jax.Array,
     *,
     sigma: tuple[float, float],
@@ -102,10 +104,10 @@ def random_blur_planes(
     kernel_size: int | None,
     padding: Padding,
 ) -> jax.Array:
-    """`random_gaussian_blur` of (N, H, C, W) float32, in that order."""
+    """`random_gaussian_blur` of (N, H, C, W) float32 by (BLUR_DRAWS, N) numbers."""
     smallest, largest = check_range("sigma", sigma)
     probability = check_number("probability", probability, 0, 1)
-    chance, amount = uniforms(example_keys(key, len(planes)), 2)
+    chance, amount = draws
     sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
     smaller_side = min(planes.shape[1], planes.shape[3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)

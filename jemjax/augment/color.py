@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jemjax.augment.inputs import (
     check_number,
@@ -241,8 +240,7 @@ def color_jitter(
     """
     planes = to_planes(images)
     jitter = random_jitter(
-        key,
-        len(planes),
+        uniforms(example_keys(key, len(planes)), JITTER_DRAWS),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
@@ -251,6 +249,10 @@ def color_jitter(
         arithmetic=arithmetic,
     )
     return to_images(apply_jitter(planes, jitter, arithmetic))
+
+
+# Uniform numbers for a jitter: whether, turn, order, place, and three factors.
+JITTER_DRAWS = 7
 
 
 class Jitter(NamedTuple):
@@ -267,8 +269,7 @@ class Jitter(NamedTuple):
 
 
 def random_jitter(
-    key: jax.Array,
-    count: int,
+    draws: jax.Array,
     *,
     brightness: float,
     contrast: float,
@@ -277,7 +278,7 @@ def random_jitter(
     probability: float,
     arithmetic: Arithmetic = "torchvision",
 ) -> Jitter:
-    """The draws of `color_jitter` for `count` examples; arguments and errors as there.
+    """What (JITTER_DRAWS, N) uniform numbers are; arguments as of `color_jitter`.
 
     A uniform order of all four is a uniform order of the three blends and a uniform
     place for hue among them.
@@ -289,7 +290,6 @@ def random_jitter(
     }
     hue = check_number("hue", hue, 0, 0.5)
     probability = check_number("probability", probability, 0, 1)
-    draws = uniforms(example_keys(key, count), 4 + len(strengths))
     chance, for_turn, for_order, for_place, *for_factors = draws  # (N,) each
     applied = chance < probability
 
@@ -433,7 +433,11 @@ def _jitter_mixture(
 
 
 def _times(matrices: jax.Array, others: jax.Array) -> jax.Array:
-    return jnp.matmul(matrices, others, precision=lax.Precision.HIGHEST)
+    """Products of matrices so small that sums, which are fused, are faster."""
+    return sum(
+        matrices[..., :, i, None] * others[..., None, i, :]
+        for i in range(matrices.shape[-1])
+    )
 
 
 def _rotation(turns: jax.Array) -> jax.Array:
@@ -493,17 +497,16 @@ def random_solarize(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    return to_images(
-        random_solarize_planes(key, to_planes(images), probability, threshold)
-    )
+    planes = to_planes(images)
+    (chance,) = uniforms(example_keys(key, len(planes)), 1)
+    return to_images(random_solarize_planes(chance, planes, probability, threshold))
 
 
 def random_solarize_planes(
-    key: jax.Array, planes: jax.Array, probability: float, threshold: float
+    chance: jax.Array, planes: jax.Array, probability: float, threshold: float
 ) -> jax.Array:
-    """`random_solarize` of (N, H, C, W) float32, in that order."""
+    """`random_solarize` of (N, H, C, W) float32 by (N,) uniform numbers."""
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(planes)), 1)
     inverted = _solarize(planes, threshold)
     return jnp.where(happens(chance, probability), inverted, planes)
 

@@ -23,6 +23,8 @@ from jemjax.augment.inputs import (
 Method = Literal["bilinear", "bicubic"]
 
 TRIES = 10  # boxes that are drawn before the centered one is taken
+# Uniform numbers for a box: area and aspect of each try, and the place.
+BOX_DRAWS = 2 * TRIES + 2
 # Up to this side rows and columns are mixed by products with whole matrices; of larger
 # images only the pixels that have a weight are read.
 LARGEST_PRODUCT = 64
@@ -95,9 +97,22 @@ def random_boxes(
         ValueError: for numbers out of range.
     """
     height, width = check_size("image_size", image_size)
+    draws = uniforms(example_keys(key, count), BOX_DRAWS)
+    return boxes_of(draws, (height, width), scale=scale, ratio=ratio)
+
+
+def boxes_of(
+    draws: jax.Array,
+    image_size: tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> jax.Array:
+    """`random_boxes` of (BOX_DRAWS, N) uniform numbers."""
+    height, width = image_size
     smallest, largest = check_range("scale", scale, high=1.0)
     narrowest, widest = check_range("ratio", ratio)
-    draws = uniforms(example_keys(key, count), 2 * TRIES + 2)  # (22, N)
+    count = draws.shape[1]
     for_area, for_aspect = draws[:TRIES], draws[TRIES : 2 * TRIES]  # (10, N)
     for_top, for_left = draws[-2:]  # (N,)
 
@@ -315,6 +330,9 @@ def _antialiased(
     whole: bool,
 ) -> Taps:
     """Those under a kernel as wide as an output pixel, of boxes inside the image."""
+    if method == "bilinear" and pixels <= out:
+        # No box shrinks. The triangle that the border cuts is one pixel, whole again.
+        return _interpolating(start, extent, pixels, out, method, whole)
     start, extent = start[:, None, None], extent[:, None, None]
     step = extent / out
     centers = start + (_numbers(out)[:, None] + 0.5) * step  # (N, out, 1)
@@ -345,6 +363,10 @@ def _interpolating(
     """The nearest 2 or 4, the border of the box repeated."""
     start, extent = start[:, None, None], extent[:, None, None]
     centers = (_numbers(out)[:, None] + 0.5) * (extent / out) - 0.5  # in the box
+    if whole and method == "bilinear":
+        sources = _numbers(pixels)
+        weights = _kernel(sources - start - jnp.clip(centers, 0, extent - 1), method)
+        return Taps(jnp.broadcast_to(sources, weights.shape), weights)
     taps = _numbers(2) if method == "bilinear" else _numbers(4) - 1
     neighbors = jnp.floor(centers) + taps  # (N, out, T)
     weights = _kernel(neighbors - centers, method, a=-0.75)
@@ -372,7 +394,7 @@ def _numbers(count: int) -> jax.Array:
     return jnp.arange(count, dtype=jnp.float32)
 
 
-def _kernel(distance: jax.Array, method: Method, a: float) -> jax.Array:
+def _kernel(distance: jax.Array, method: Method, a: float = 0.0) -> jax.Array:
     """A triangle, or Keys' cubic with slope `a` at distance 1."""
     d = jnp.abs(distance)
     if method == "bilinear":

@@ -49,7 +49,10 @@ def to_planes(images: Any) -> jax.Array:
 
 def to_images(planes: jax.Array) -> jax.Array:
     """The inverse order: (N, H, C, W) -> (N, H, W, C)."""
-    return planes.transpose(0, 1, 3, 2)
+    count, height, channels, width = planes.shape
+    # As one long run of rows, or XLA on CPUs writes the result twice.
+    rows = planes.reshape(count * height, channels, width).transpose(0, 2, 1)
+    return rows.reshape(count, height, width, channels)
 
 
 def materialize(planes: jax.Array) -> jax.Array:

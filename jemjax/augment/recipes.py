@@ -6,6 +6,7 @@ normalize. An operation with probability 0 leaves nothing in the program.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -13,8 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jemjax.augment.blur import kernel_radius, random_blur_planes
+from jemjax.augment.blur import BLUR_DRAWS, kernel_radius, random_blur_planes
 from jemjax.augment.color import (
+    JITTER_DRAWS,
     Arithmetic,
     apply_jitter,
     check_arithmetic,
@@ -25,11 +27,12 @@ from jemjax.augment.color import (
     random_solarize_planes,
 )
 from jemjax.augment.geometry import (
+    BOX_DRAWS,
     Method,
+    boxes_of,
     check_method,
     crop_planes,
     mirror_planes,
-    random_boxes,
     resize_planes,
 )
 from jemjax.augment.inputs import (
@@ -55,6 +58,15 @@ PARTS = {
     "grayscale": "grayscale_probability",
     "blur": "blur_probability",
     "solarize": "solarize_probability",
+}
+# How many uniform numbers each of them takes.
+_DRAWS = {
+    "crop": BOX_DRAWS,
+    "flip": 1,
+    "jitter": JITTER_DRAWS,
+    "grayscale": 1,
+    "blur": BLUR_DRAWS,
+    "solarize": 1,
 }
 
 
@@ -208,10 +220,10 @@ def make_views(
         ValueError: for wrong shapes.
     """
     planes = to_planes(images)
-    keys = _keys_of_views(key, len(planes), recipe)
+    draws = _draws_of_views(key, len(planes), recipe)
     return tuple(
-        _finish_view(keys, _crop(keys, planes, view), view)
-        for keys, view in zip(keys, recipe.views, strict=True)
+        _finish_view(draws, _crop(draws, planes, view), view)
+        for draws, view in zip(draws, recipe.views, strict=True)
     )
 
 
@@ -242,10 +254,10 @@ def finish_views(
         raise ValueError(
             f"crops: got (N, H, W) of {shapes}, expected one for each view: {expected}"
         )
-    keys = _keys_of_views(key, count, recipe)
+    draws = _draws_of_views(key, count, recipe)
     return tuple(
-        _finish_view(keys, mirror_planes(crop, _mirrored(keys, view)), view)
-        for keys, crop, view in zip(keys, planes, recipe.views, strict=True)
+        _finish_view(draws, mirror_planes(crop, _mirrored(draws, view)), view)
+        for draws, crop, view in zip(draws, planes, recipe.views, strict=True)
     )
 
 
@@ -267,29 +279,32 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
     return to_images(normalize_planes(jnp.clip(planes, 0, 1), view.mean, view.std))
 
 
-def _keys_of_views(
+def _draws_of_views(
     key: jax.Array, count: int, recipe: ViewRecipe
 ) -> list[dict[str, jax.Array]]:
-    """For each view (N,) keys of each operation.
+    """For each view the uniform numbers (n, N) of each operation, drawn all at once.
 
-    Its own, so that to leave one out changes nothing in the others.
+    Each has its own, used or not, so that to leave one out changes nothing in the
+    others.
     """
-    shape = (len(recipe.views), len(PARTS))
-    split = jax.vmap(lambda key: jax.random.split(key, shape), out_axes=2)
-    keys = split(example_keys(key, count))  # (V, P, N)
-    return [dict(zip(PARTS, of_view, strict=True)) for of_view in keys]
+    num_views, of_view = len(recipe.views), sum(_DRAWS.values())
+    draws = uniforms(example_keys(key, count), num_views * of_view)
+    ends = list(itertools.accumulate(_DRAWS.values()))[:-1]
+    return [
+        dict(zip(_DRAWS, jnp.split(numbers, ends), strict=True))
+        for numbers in draws.reshape(num_views, of_view, count)
+    ]
 
 
-def _crop(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
+def _crop(draws: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
     """The view's part of the image, mirrored or not: (N, H, C, W) -> (N, S, C, S)."""
-    count, height, _, width = planes.shape
-    mirrored = _mirrored(keys, view)
+    _, height, _, width = planes.shape
+    mirrored = _mirrored(draws, view)
     if view.crop_scale is None:
         planes = resize_planes(planes, view.size, view.interpolation)
         return mirror_planes(planes, mirrored)
-    boxes = random_boxes(
-        keys["crop"],
-        count,
+    boxes = boxes_of(
+        draws["crop"],
         (height, width),
         scale=view.crop_scale,
         ratio=view.crop_ratio,
@@ -298,23 +313,21 @@ def _crop(keys: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Arra
     return crop_planes(planes, boxes, size, view.interpolation, mirrored=mirrored)
 
 
-def _mirrored(keys: dict[str, jax.Array], view: View) -> jax.Array | None:
+def _mirrored(draws: dict[str, jax.Array], view: View) -> jax.Array | None:
     """Which images are mirrored, (N,) bool; None: none is."""
     if view.flip_probability == 0:
         return None
-    (chance,) = uniforms(keys["flip"], 1)
-    return chance < view.flip_probability
+    return draws["flip"][0] < view.flip_probability
 
 
 def _finish_view(
-    keys: dict[str, jax.Array], planes: jax.Array, view: View
+    draws: dict[str, jax.Array], planes: jax.Array, view: View
 ) -> jax.Array:
     """What comes after the crop: (N, S, C, S) -> (N, S, S, C), normalized."""
     jitter = grayed = None
     if view.jitter_probability > 0:
         jitter = random_jitter(
-            keys["jitter"],
-            len(planes),
+            draws["jitter"],
             brightness=view.brightness,
             contrast=view.contrast,
             saturation=view.saturation,
@@ -323,8 +336,7 @@ def _finish_view(
             arithmetic=view.arithmetic,
         )
     if view.grayscale_probability > 0:
-        (chance,) = uniforms(keys["grayscale"], 1)
-        grayed = chance < view.grayscale_probability
+        grayed = draws["grayscale"][0] < view.grayscale_probability
     if view.color == "fused" and (jitter is not None or grayed is not None):
         planes = fused_color(planes, jitter, grayed)
     else:
@@ -335,7 +347,7 @@ def _finish_view(
             planes = gray_planes(planes, grayed)
     if view.blur_probability > 0:
         planes = random_blur_planes(
-            keys["blur"],
+            draws["blur"],
             planes,
             sigma=view.blur_sigma,
             probability=view.blur_probability,
@@ -345,7 +357,7 @@ def _finish_view(
     planes = jnp.clip(planes, 0, 1)
     if view.solarize_probability > 0:
         planes = random_solarize_planes(
-            keys["solarize"],
+            draws["solarize"][0],
             planes,
             view.solarize_probability,
             view.solarize_threshold,

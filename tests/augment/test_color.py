@@ -1,6 +1,7 @@
 """Color changes: the right share of images, amounts and orders; gray stays gray."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ import pytest
 
 from jemjax import augment
 from jemjax.augment import color
+from jemjax.augment.inputs import example_keys, uniforms
 
 STRENGTHS = {"brightness": 0.4, "contrast": 0.6, "saturation": 0.8, "hue": 0.1}
 
 static = (*STRENGTHS, "probability", "arithmetic")
 color_jitter = jax.jit(augment.color_jitter, static_argnames=static)
-random_jitter = jax.jit(color.random_jitter, static_argnames=("count", *static))
 # With traced factors, compiled once each.
 ADJUST = {
     name: jax.jit(
@@ -23,6 +24,14 @@ ADJUST = {
     )
     for name in STRENGTHS
 }
+
+
+@functools.partial(jax.jit, static_argnames=("count", *static))
+def random_jitter(key, count, **options):
+    draws = uniforms(example_keys(key, count), color.JITTER_DRAWS)
+    return color.random_jitter(draws, **options)
+
+
 ARITHMETIC = pytest.mark.parametrize("arithmetic", ["torchvision", "simclr", "byol"])
 
 

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jemjax import augment, wire
 from jemjax.augment import color
+from jemjax.augment.geometry import boxes_of
+from jemjax.augment.inputs import example_keys, to_images, to_planes, uniforms
 
 PARTS = ("crop", "flip", "jitter", "grayscale", "blur", "solarize")
 # All parts in one small view, of pixels in [0, 1].
@@ -342,8 +344,7 @@ def test_draws_are_the_same_bits_on_any_number_of_devices(key):
     def draw(keys):
         boxes = augment.random_boxes(keys, 64, (32, 32), scale=(0.08, 1.0))
         jitter = color.random_jitter(
-            keys,
-            64,
+            uniforms(keys, color.JITTER_DRAWS),
             brightness=0.4,
             contrast=0.4,
             saturation=0.2,
@@ -384,23 +385,29 @@ def test_parts_are_applied_in_the_published_order(images, key):
 
     @jax.jit
     def one_by_one(key, images):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(16))
-        keys = jax.vmap(lambda key: jax.random.split(key, (1, 6)), out_axes=2)(keys)
-        crop, flip, jitter, grayscale, blur, solarize = keys[0]
-        x = augment.random_resized_crop(crop, images, 12, scale=view.crop_scale)
-        x = augment.random_flip(flip, x)
-        x = augment.color_jitter(
-            jitter,
-            x,
+        draws = uniforms(example_keys(key, 16), 34)
+        flip, grayscale, blur, sigma, solarize = (
+            draws[i, :, None, None, None] for i in (22, 30, 31, 32, 33)
+        )
+        boxes = boxes_of(
+            draws[:22], images.shape[1:3], scale=view.crop_scale, ratio=view.crop_ratio
+        )
+        x = jnp.clip(augment.crop_and_resize(images, boxes, 12), 0, 1)
+        x = jnp.where(flip < 0.5, x[:, :, ::-1], x)
+        jitter = color.random_jitter(
+            draws[23:30],
             brightness=view.brightness,
             contrast=view.contrast,
             saturation=view.saturation,
             hue=view.hue,
             probability=view.jitter_probability,
         )
-        x = augment.random_grayscale(grayscale, x, probability=0.5)
-        x = augment.random_gaussian_blur(blur, x, probability=0.5, kernel_size=5)
-        return augment.random_solarize(solarize, x, probability=0.5)
+        x = to_images(color.apply_jitter(to_planes(x), jitter))
+        x = jnp.where(grayscale < 0.5, augment.to_grayscale(x), x)
+        sigma = 0.1 + 1.9 * sigma.ravel()
+        blurred = augment.gaussian_blur(x, sigma, kernel_size=5)
+        x = jnp.where(blur < 0.5, blurred, x)
+        return jnp.where(solarize < 0.5, augment.solarize(x), x)
 
     np.testing.assert_allclose(
         make_views(key, images, EVERYTHING)[0], one_by_one(key, images), atol=2e-6

@@ -28,7 +28,7 @@ from jemjax.augment import (
     random_boxes,
     random_patch_mask,
 )
-from jemjax.augment.color import random_jitter
+from jemjax.augment.color import JITTER_DRAWS, random_jitter
 from jemjax.augment.inputs import example_keys, uniforms
 from jemjax.evaluation import normalized_std
 from jemjax.methods import VICReg
@@ -114,7 +114,7 @@ def _draws(keys):
     return {
         "boxes": random_boxes(keys, len(keys), (32, 24), scale=(0.08, 1.0)),
         "factors, order, place": random_jitter(
-            keys, len(keys), probability=0.8, **jitter
+            uniforms(keys, JITTER_DRAWS), probability=0.8, **jitter
         ),
         "chances": uniforms(keys, 5),
         "patches": random_patch_mask(keys, len(keys), 64, ratio=0.6),
