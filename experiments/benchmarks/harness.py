@@ -75,6 +75,8 @@ class Workload:
     share: bool = False
     """whether a ratio is a share of the baseline, at most its target; else it is how
     many times faster the baseline is, at least its target"""
+    memory: bool = False
+    """whether the table says what a call needs"""
     reference: Callable[..., Callable[[], Any]] | None = None
     """a setup whose float64 arrays those of every contender are compared with before
     it is timed; run by this interpreter"""
@@ -218,6 +220,8 @@ def run(
                 )
                 workers[contender.name] = worker
                 worker.ask("setup")
+                if workload.memory:
+                    row.update(worker.ask("memory"))
                 row.update(_checked(worker, contender, wanted, workload.tolerance))
                 first = worker.ask("timed", 0)["times"][0]
                 worker.ask("timed", seconds / 2)
@@ -373,6 +377,8 @@ def table(workload: Workload, result: dict[str, Any]) -> str:
     unit = "images/s | " if workload.items > 1 else ""
     kind = "share of" if workload.share else "times"
     heads = [f"{kind} {name} (target)" for name in workload.baselines]
+    if workload.memory:
+        heads += ["MiB, peak", "MiB, temporary"]
     lines = [
         f"| | {unit}ms, median | ms, least | {' | '.join(heads)} |",
         "|---" * (3 + bool(unit) + len(heads)) + "|",
@@ -389,6 +395,9 @@ def table(workload: Workload, result: dict[str, Any]) -> str:
         cells += [f"{1e3 * time:,.2f}", f"{1e3 * min(map(min, row['times'])):,.2f}"]
         for name in workload.baselines:
             cells.append(_ratio(workload, contender, time, name, of_rows))
+        if workload.memory:
+            needs = [row["peak_mib"], row["temporary_mib"]]
+            cells += ["-" if need is None else f"{need:,.0f}" for need in needs]
         lines.append(f"| {contender.name} | {' | '.join(cells)} |")
     if any("errors" in row for row in of_rows.values()):
         lines += ["", "Relative errors against float64, array by array:", ""]
@@ -398,6 +407,41 @@ def table(workload: Workload, result: dict[str, Any]) -> str:
     if failures:
         lines += ["", "Not run:", "", *failures]
     return "\n".join([workload.title, "", *lines, "", _conditions(result)])
+
+
+def summary(workloads: Iterable[Workload], results: Iterable[dict[str, Any]]) -> str:
+    """The ratios of many workloads with one baseline as Markdown, a line for each."""
+    pairs = list(zip(workloads, results, strict=True))
+    (baseline,) = {workload.baselines for workload, _ in pairs}.pop()
+    names = dict.fromkeys(each.name for w, _ in pairs for each in w.contenders)
+    names.pop(baseline)
+    memory = any(workload.memory for workload, _ in pairs)
+    heads = ["", f"{baseline}, ms", *names] + ["MiB, temporary (plain_jax)"] * memory
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for workload, result in pairs:
+        of_rows = {row["name"]: row for row in result["rows"]}
+        contenders = {each.name: each for each in workload.contenders}
+        cells = [workload.name.split("/", 1)[1]]
+        failed = "failed" in of_rows[baseline]
+        cells.append("-" if failed else f"{1e3 * _time(of_rows[baseline]):,.2f}")
+        for name in names:
+            run = name in of_rows and "failed" not in of_rows[name]
+            cells.append(
+                _ratio(
+                    workload, contenders[name], _time(of_rows[name]), baseline, of_rows
+                )
+                if run
+                else "-"
+            )
+        if memory:
+            needs = [
+                of_rows.get(name, {}).get("temporary_mib")
+                for name in (baseline, "plain_jax")
+            ]
+            ours, plain = (f"{need:,.1f}" if need else "-" for need in needs)
+            cells.append(f"{ours} ({plain})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _time(row: dict[str, Any]) -> float:

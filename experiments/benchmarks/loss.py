@@ -56,7 +56,12 @@ def with_jax(function, loss, shape):
     if count:
         function = jax.value_and_grad(function, tuple(range(count)))
     compiled = jax.jit(function).lower(*inputs).compile()
-    return lambda: compiled(*inputs)
+
+    def call():
+        return compiled(*inputs)
+
+    call.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return call
 
 
 def with_torch(function, loss, shape, compile=False):
@@ -100,6 +105,11 @@ def reference(loss, shape):
 
 def plain_jax(loss, shape):
     """The formula."""
+    return with_jax(formula(loss), loss, shape)
+
+
+def formula(loss):
+    """As the papers write it, a function of JAX's arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -161,7 +171,7 @@ def plain_jax(loss, shape):
     def dino(student, teacher, center):
         return pairs(jax.nn.softmax((teacher - center) / 0.04, axis=-1), student)
 
-    return with_jax(locals()[loss], loss, shape)
+    return locals()[loss]
 
 
 def official_loss(loss):
@@ -331,6 +341,7 @@ def workload(loss, shape, title, *peers, **targets):
         ),
         baselines=("jemjax",),
         sizes={"loss": loss, "shape": shape},
+        memory=True,
         reference=reference,
     )
 
@@ -358,7 +369,6 @@ WORKLOADS = (
             ("barlow_twins", "Barlow Twins", BARLOW),
         )
         for n, d in dict.fromkeys([*aims, *OTHERS])
-        if (n, d) != (4096, 8192)  # the reference alone takes minutes and 4 GiB
     ),
     of_shape("nt_xent", "NT-Xent", rows=2048, features=128, lightly=5.5),
     of_shape("nt_xent", "NT-Xent", "lightly", rows=256, features=128, optax=60),

@@ -78,6 +78,31 @@ def save(call, path):
     return {"shapes": [list(array.shape) for array in arrays]}
 
 
+def memory(call):
+    """MiB that a call needs beyond what was there before: its results, and on the way.
+
+    And of a compiled program of JAX what XLA plans for temporaries. None: not known.
+    """
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith(f"{name}:")]
+        return int(line.split()[1]) / 2**10
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = status("VmRSS")
+    except OSError:  # not Linux, or not allowed
+        before = None
+    wait(call())
+    peak = None if before is None else status("VmHWM") - before
+    temporary = getattr(call, "temporary_bytes", None)
+    return {
+        "peak_mib": peak,
+        "temporary_mib": None if temporary is None else temporary / 2**20,
+    }
+
+
 def versions(packages):
     """Of those that are installed here."""
     found = {"python": sys.version.split()[0]}
@@ -116,6 +141,7 @@ def main():
         "setup": setup,
         "timed": lambda seconds: timed(call, seconds),
         "save": lambda path: save(call, path),
+        "memory": lambda: memory(call),
         "versions": versions,
     }
     for line in sys.stdin:
