@@ -33,7 +33,6 @@ from jemjax.runtime import (
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import (
     PretrainConfig,
-    batch_problem,
     crops_of,
     describe_data,
     describe_views,
@@ -145,11 +144,6 @@ class Run(NamedTuple):
 
     def check(self) -> None:
         """Traces a step, in which what makes no sense is refused with the reason."""
-        config = self.config
-        assert config.batch_size
-        problem = batch_problem(config.batch_size, self.mesh.size, config.accumulate)
-        if problem:
-            raise UserError(problem)
         try:
             jax.eval_shape(self.step, *self.shapes())
         except ValueError as error:  # argument, got, expected
@@ -588,9 +582,13 @@ def _compare_folder(
 
 
 def _write_config(config: PretrainConfig, folder: Path) -> None:
-    config = dataclasses.replace(config, **COMMAND)
-    with _writing(folder), replacing(folder / "config.toml") as file:
-        file.write(to_toml(config))
+    """Writes config.toml, unless it says this already."""
+    path, text = folder / "config.toml", to_toml(dataclasses.replace(config, **COMMAND))
+    with _writing(folder):
+        if path.exists() and path.read_bytes() == text.encode():
+            return
+        with replacing(path) as file:
+            file.write(text)
 
 
 @contextlib.contextmanager
