@@ -6,7 +6,6 @@ answers without jax.
 
 import contextlib
 import difflib
-import errno
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from jemjax.errors import (
     CheckpointError,
     DataError,
     UserError,
+    explaining_disk,
     printable,
     printable_lines,
 )
@@ -41,7 +41,8 @@ METHOD_NAMES = (
 def reporting_errors() -> Iterator[None]:
     """What is the user's to mend is said in a sentence, with an exit code."""
     try:
-        yield
+        with explaining_disk():
+            yield
     except UserError as error:
         print(f"jemjax: {printable_lines(str(error))}", file=sys.stderr)
         if getattr(error, "hangs", False):  # Python would wait for the thread
@@ -56,16 +57,6 @@ def reporting_errors() -> Iterator[None]:
             leave.daemon = True
             leave.start()
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        print(
-            f"jemjax: {error.filename or 'the output'}: cannot be written"
-            f" ({error.strerror}); free space or mend the disk, and start again,"
-            " a run with --resume",
-            file=sys.stderr,
-        )
-        sys.exit(5)
     except KeyboardInterrupt:
         print("\njemjax: interrupted; --resume continues a run", file=sys.stderr)
         sys.exit(130)

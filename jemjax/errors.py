@@ -1,6 +1,9 @@
 """What goes wrong through no fault of the library, told in a sentence."""
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -38,6 +41,30 @@ class CheckpointError(UserError):
 
 class CheckpointDamaged(CheckpointError):
     """A saved state whose files are not those that were written."""
+
+
+class DiskError(UserError):
+    """A file that cannot be written, since the disk is full or read-only."""
+
+    exit_code = 5
+
+
+@contextlib.contextmanager
+def explaining_disk() -> Iterator[None]:
+    """Says what can be done where a disk is full or read-only.
+
+    Raises:
+        DiskError: in place of Python's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise DiskError(
+            f"{error.filename or 'the output'}: cannot be written ({error.strerror});"
+            " free space or mend the disk, and start again, a run with --resume"
+        ) from error
 
 
 def printable(text: str | os.PathLike[str]) -> str:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jemjax.errors import UserError
+from jemjax.errors import UserError, explaining_disk
 
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _COUNT = "JAX_NUM_PROCESSES"
@@ -180,12 +180,14 @@ def together() -> Iterator[None]:
     """A block that fails on all hosts if it fails on one; each has to enter it.
 
     Raises:
-        UserError: if the block raised one on any host; on the first host only.
+        UserError: if the block raised one on any host, or found its disk full; on the
+            first host only.
         SystemExit: on others then.
     """
     report = ""
     try:
-        yield
+        with explaining_disk():
+            yield
     except UserError as error:
         if jax.process_count() == 1:
             raise
@@ -212,7 +214,8 @@ def leaving_at_once() -> Iterator[None]:
     for it, in the middle of a step, for minutes; so they see it gone and end too.
     """
     try:
-        yield
+        with explaining_disk():
+            yield
     except (CommonError, SystemExit):
         raise
     except BaseException as error:

@@ -269,9 +269,10 @@ def _run(
     config = run.config
     assert config.steps
     state = untrained = run.init()
-    checkpoints = Checkpoints(
-        folder, about=about, fallback=config.fallback, say=display.say
-    )
+    with together():
+        checkpoints = Checkpoints(
+            folder, about=about, fallback=config.fallback, say=display.say
+        )
     with checkpoints:
         restored = checkpoints.restore(state)
         with together():
@@ -320,8 +321,9 @@ def _run(
         "state_sha256": fingerprint(final),
         "versions": versions(),
     }
-    if is_first():
-        write_json(folder / "results.json", results)
+    with together():
+        if is_first():
+            write_json(folder / "results.json", results)
     display.results(results)
     if source.name == "digits":
         display.say("(digits are centered and of one size, so raw pixels are strong)")
@@ -403,10 +405,10 @@ def _train(
         past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
         return {"images_per_second": past[-1]["images_per_second"]} if past else {}
     monitor = choose_examples(source, test, config.eval_examples)
-    metrics_path = folder / "metrics.jsonl"
-    metrics_file = MetricsFile(
-        metrics_path if is_first() else None, first + 1, display.say
-    )
+    with together():
+        metrics_file = MetricsFile(
+            folder / "metrics.jsonl" if is_first() else None, first + 1, display.say
+        )
     stream = batches(
         source,
         batch_size=batch_size,
@@ -679,8 +681,9 @@ def evaluate(
             display.say,
         ),
     }
-    if is_first():
-        write_json(folder / "evaluation.json", results)
+    with together():
+        if is_first():
+            write_json(folder / "evaluation.json", results)
     display.results(results)
     if not same:
         display.say(f"measured on {data} and {eval_data}, not on the run's own data")

@@ -32,7 +32,7 @@ from jemjax.training.features import (
     embed_examples,
     make_pixels,
 )
-from jemjax.training.hosts import is_first
+from jemjax.training.hosts import is_first, together
 from jemjax.training.metrics import replacing
 from jemjax.training.state import TrainState
 
@@ -194,8 +194,9 @@ def measure(
             results["collapse"] = measure_collapse(embedded.test.features)
             results["embedding_collapse"] = measure_collapse(embedded.test.embedding)
             if embedder.num_prototypes:
-                if is_first():
-                    _write_clusters(clusters, embedded, examples)
+                with together():
+                    if is_first():
+                        _write_clusters(clusters, embedded, examples)
                 results["clusters"] = measure_clusters(
                     embedded,
                     examples,

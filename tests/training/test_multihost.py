@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from training.disks import mount
 
 from jemjax.training.metrics import read_metrics
 
@@ -274,6 +275,29 @@ def test_what_only_one_host_finds_wrong_stops_all(tmp_path):
     assert [errors.count("07.png") for _, errors in said] == [1, 0]
     assert "host 1" in said[0][1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_told_by_several_hosts_as_by_one(tmp_path):
+    told = []
+    for hosts in (1, 2):
+        disk = tmp_path / str(hosts)
+        disk.mkdir()
+        # The root, the run, its lock, config.toml and checkpoints; no metrics.jsonl.
+        mount(disk, "nr_inodes=5")
+        options = ["pretrain", "vicreg", *TINY, f"--output={disk / 'run'}"]
+        try:
+            codes, said = _end(
+                [_start(*options, devices=8)] if hosts == 1 else _start_hosts(*options)
+            )
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+        assert codes == [5] * hosts, said
+        assert not [errors for _, errors in said if "Traceback" in errors], said
+        lines = [errors.count("cannot be written") for _, errors in said]
+        assert lines == [1, 0][:hosts], said
+        told += [x for x in said[0][1].splitlines() if x.startswith("jemjax: ")]
+    assert "metrics.tmp: cannot be written (No space left on device)" in told[0]
+    assert told[1] == told[0].replace(str(tmp_path / "1"), str(tmp_path / "2"))
 
 
 def test_a_folder_that_only_looks_shared_is_refused(tmp_path):
