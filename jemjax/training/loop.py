@@ -237,6 +237,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         with together():
             if is_first():
                 _check_folder(config, folder)
+                held.enter_context(_made(folder))
                 held.enter_context(locked(folder))
                 _compare_folder(config, folder, about, display)
         require_shared(folder)
@@ -544,7 +545,7 @@ _BEFORE_A_RUN = {LOCK_NAME, HOSTS_NAME, "config.tmp"}
 
 
 def _check_folder(config: PretrainConfig, folder: Path) -> None:
-    """Refuses a folder that is not a run's, before anything is written there."""
+    """Refuses a folder that is not a run's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file, expected a folder")
     used = (folder / "config.toml").exists()
@@ -558,8 +559,20 @@ def _check_folder(config: PretrainConfig, folder: Path) -> None:
             f"--output {folder}: holds a run; continue it with --resume, delete it"
             " with --overwrite, or choose another folder"
         )
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder, which goes again if it was made here and nothing stays in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in missing:
+                path.rmdir()
 
 
 def _empty_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: learning, resuming, refusing."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,11 @@ import pytest
 from PIL import Image
 
 from jemjax.cli import METHOD_NAMES
-from jemjax.errors import UserError
+from jemjax.errors import DataError, UserError
 from jemjax.methods import VICReg
 from jemjax.training import loop
 from jemjax.training.config import PretrainConfig
-from jemjax.training.metrics import MetricsFile, read_metrics, replacing
+from jemjax.training.metrics import Display, MetricsFile, read_metrics, replacing
 
 # A network and a run so small that compilation is most of the time.
 TINY = [
@@ -368,6 +369,24 @@ def test_misspelt_commands_get_a_suggestion(arguments):
     done = _jemjax(*arguments)
     assert done.returncode == 2
     assert "did you mean" in done.stderr
+
+
+def test_a_folder_in_which_nothing_was_written_is_not_left_behind(tmp_path):
+    data = _unlabelled(tmp_path)
+    cut = data / "007.png"
+    cut.write_bytes(cut.read_bytes()[:-60])  # seen only when it is decoded
+    options = {"data": f"folder:{data}", "batch_size": 16, "image_size": 8}
+    options |= {"backbone": "resnet-narrow"}
+    config = PretrainConfig(VICReg(projector=(16,)), **options)
+    made = tmp_path / "runs" / "of today" / "1"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for output in (made, mine):
+        given = dataclasses.replace(config, output=str(output))
+        with pytest.raises(DataError, match="007.png"):
+            loop.pretrain(given, Display(quiet=True))
+    assert sorted(os.listdir(tmp_path)) == ["flat", "mine"]
+    assert os.listdir(mine) == []
 
 
 def test_a_start_that_failed_does_not_lock_its_folder(tmp_path):
