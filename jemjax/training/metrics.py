@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,11 @@ from jemjax.errors import printable, printable_lines
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a line for each logged step, in order, each step once."""
+    """`metrics.jsonl`: a line for each logged step, in order, each step once.
+
+    A line is a JSON object: "step", and figures by name. One that is not finite, as the
+    loss of a skipped step may be, is null.
+    """
 
     def __init__(
         self,
@@ -44,13 +49,13 @@ class MetricsFile:
             return
         kept = [row for row in read_metrics(path) if row["step"] < first_step]
         with replacing(path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.writelines(_json(row) + "\n" for row in kept)
         self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one line; where the disk is full it waits for the next."""
         if self._file:
-            self._waiting += json.dumps(row).encode() + b"\n"
+            self._waiting += _json(row).encode() + b"\n"
             self._append()
 
     def _append(self) -> None:
@@ -89,7 +94,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file at once: a reader sees the old one or the new one."""
     with replacing(path) as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(_json(value, indent=2) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON, which programs in any language read."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    """None for numbers that are not finite: JSON has no name for them."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What may differ between a run and its continuation, and what may not."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -18,7 +19,7 @@ from jemjax.training.config import (
     resolve,
     to_toml,
 )
-from jemjax.training.metrics import MetricsFile, read_metrics
+from jemjax.training.metrics import MetricsFile, read_metrics, write_json
 from jemjax.training.resuming import compare, describe_run
 
 
@@ -213,6 +214,30 @@ def test_each_step_is_written_once_after_any_number_of_kills(tmp_path):
     file.close()
     assert [row["step"] for row in read_metrics(path)] == [*range(1, 10)]
     assert path.read_bytes().count(b"\n") == 9
+
+
+def _strict(text):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_null_which_every_reader_of_json_knows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n')  # of an earlier version
+    file = MetricsFile(path, 2)
+    row = {"step": 2, "loss": math.nan, "lr": -math.inf, "knn": np.float64(0.5)}
+    file.write(row | {"collapse": ["inf"]})
+    file.close()
+    lines = path.read_text().splitlines()
+    assert [_strict(line) for line in lines] == read_metrics(path)
+    assert read_metrics(path)[0] == {"step": 1, "loss": None}
+    null = {"loss": None, "lr": None}
+    assert read_metrics(path)[1] == row | null | {"collapse": ["inf"]}
+    write_json(tmp_path / "results.json", {"collapse": {"alpha_req": math.inf}})
+    results = _strict((tmp_path / "results.json").read_text())
+    assert results == {"collapse": {"alpha_req": None}}
 
 
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path):
