@@ -1,19 +1,19 @@
 """Images and their labels, loaded by Grain. It imports neither jax nor TensorFlow."""
 
 from jemjax.data.crops import Crop
+from jemjax.data.folders import FolderSource
 from jemjax.data.images import Reading, read_image
+from jemjax.data.opening import open_data
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
     EncodedSource,
-    FolderSource,
     Source,
-    TFDSSource,
     in_memory,
     load_arrays,
-    open_data,
-    spread,
 )
+from jemjax.data.survey import spread
+from jemjax.data.tfds import TFDSSource
 from jemjax.errors import DataError
 
 __all__ = [

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jemjax.data.folders import FolderSource, open_folder_parts
 from jemjax.data.images import (
     DEFAULT_READING,
     Header,
@@ -18,15 +19,8 @@ from jemjax.data.images import (
     Reading,
     inspect_image,
 )
-from jemjax.data.sources import (
-    ArraySource,
-    EncodedSource,
-    FolderSource,
-    Progress,
-    Source,
-    open_data,
-    open_folder_parts,
-)
+from jemjax.data.opening import open_data
+from jemjax.data.sources import ArraySource, EncodedSource, Progress, Source
 from jemjax.errors import DataError, printable
 
 

@@ -22,8 +22,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from jemjax.data.folders import FolderSource
 from jemjax.data.images import read_image
-from jemjax.data.sources import FolderSource, Progress, import_tfds, open_data
+from jemjax.data.opening import open_data
+from jemjax.data.sources import Progress
+from jemjax.data.tfds import import_tfds
 from jemjax.errors import DataError, printable
 
 logger = logging.getLogger("jemjax.data")

@@ -16,7 +16,8 @@ from jemjax.data import (
     in_memory,
     load_arrays,
     open_data,
-    sources,
+    spread,
+    survey,
 )
 
 
@@ -308,8 +309,8 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path, kind):
 
 
 def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sources, "HEADERS_READ", 10)
-    monkeypatch.setattr(sources, "HEADERS_SAMPLED", 1)
+    monkeypatch.setattr(survey, "HEADERS_READ", 10)
+    monkeypatch.setattr(survey, "HEADERS_SAMPLED", 1)
     for i in range(10):
         write(tmp_path / "train" / f"{i}.png", 100, mode="L")
     write(tmp_path / "test" / "0.png", 100, mode="L")
@@ -322,16 +323,16 @@ def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
 
 
 def test_a_sample_does_not_tell_the_share_of_unreadable_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "HEADERS_READ", 10)
-    monkeypatch.setattr(sources, "HEADERS_SAMPLED", 4)
+    monkeypatch.setattr(survey, "HEADERS_READ", 10)
+    monkeypatch.setattr(survey, "HEADERS_SAMPLED", 4)
     for i in range(39):
         write(tmp_path / "train" / f"{i:02d}.png")
     write(tmp_path / "test" / "0.png")
-    sampled = sources.spread(40, 4)
+    sampled = spread(40, 4)
     (tmp_path / "train" / f"{sampled[1]:02d}.png").write_bytes(b"")
     skip = Reading(on_bad_image="skip", max_bad_share=0.1)  # 1 of 39, not of 4
     source = open_data(f"folder:{tmp_path}", reading=skip)
-    sources.load_arrays(source)
+    load_arrays(source)
     assert list(source.unreadable) == [sampled[1]]
     for i in sampled:
         (tmp_path / "train" / f"{i:02d}.png").write_bytes(b"")
