@@ -229,8 +229,8 @@ def _evaluate(arguments: list[str]) -> None:
         from jemjax.runtime import prepare_process
 
         prepare_process()
+        from jemjax.training.evaluate import evaluate
         from jemjax.training.hosts import leaving_at_once
-        from jemjax.training.loop import evaluate
 
         with leaving_at_once():
             evaluate(

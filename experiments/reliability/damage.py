@@ -22,7 +22,8 @@ from _tiny import EVERY, STEPS, finish
 from jemjax.data import open_data
 from jemjax.errors import CheckpointError
 from jemjax.training.checkpoints import Checkpoints, fingerprint
-from jemjax.training.loop import build, load_config
+from jemjax.training.output import load_config
+from jemjax.training.run import build
 
 NEWEST, BEFORE = str(STEPS), str(STEPS - EVERY)
 

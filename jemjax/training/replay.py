@@ -12,8 +12,10 @@ from jemjax.data import batches
 from jemjax.errors import UserError
 from jemjax.runtime import quick_compilation
 from jemjax.training.checkpoints import Checkpoints
-from jemjax.training.loop import Run, build, load_config, open_source
+from jemjax.training.inputs import open_source
 from jemjax.training.metrics import Display
+from jemjax.training.output import load_config
+from jemjax.training.run import Run, build
 from jemjax.training.skipped import FOLDER, skipped_step
 from jemjax.training.state import TrainState
 from jemjax.training.step import Images, make_loss

@@ -15,7 +15,8 @@ from jemjax.data import ArraySource, Crop, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS
 from jemjax.training.config import PretrainConfig, from_toml, resolve, to_toml
-from jemjax.training.loop import _check_test, build
+from jemjax.training.inputs import check_test
+from jemjax.training.run import build
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,7 @@ def test_d13_classes_that_differ_are_refused_before_training(
 ):
     config = PretrainConfig(METHODS["vicreg"](), data="x", eval_data="y")
     with pytest.raises(UserError, match=f"--eval-data y: {reason}"):
-        _check_test(config, *_sets(tmp_path, list(train), list(test)))
+        check_test(config, *_sets(tmp_path, list(train), list(test)))
 
 
 def test_d13_a_test_part_whose_labels_are_withheld_is_refused(digits):
@@ -305,8 +306,8 @@ def test_d13_a_test_part_whose_labels_are_withheld_is_refused(digits):
     )
     config = PretrainConfig(METHODS["vicreg"](), data="x", eval_data="y")
     with pytest.raises(UserError, match="y: its images have classes, but no labels"):
-        _check_test(config, digits, withheld)
-    _check_test(config, digits, digits)
+        check_test(config, digits, withheld)
+    check_test(config, digits, digits)
 
 
 def test_c6_an_accelerator_that_is_not_used_is_told(monkeypatch):

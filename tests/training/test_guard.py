@@ -21,14 +21,16 @@ from jemjax.errors import DivergenceError, UserError
 from jemjax.methods import VICReg
 from jemjax.runtime import quick_compilation
 from jemjax.training import loop, skipped, stored
+from jemjax.training import run as run_module
 from jemjax.training import step as step_module
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import OptimizerOptions, PretrainConfig, resolve
 from jemjax.training.features import Embedder
-from jemjax.training.loop import build, explaining_memory, pretrain
+from jemjax.training.loop import explaining_memory, pretrain
 from jemjax.training.mesh import make_mesh, to_devices
 from jemjax.training.metrics import Display, read_metrics
 from jemjax.training.replay import find, replay
+from jemjax.training.run import build
 from jemjax.training.skipped import SkippedSteps, skipped_step
 from jemjax.training.state import Skipped, TrainState, all_finite
 from jemjax.training.stored import saved_steps
@@ -43,8 +45,8 @@ def quick(monkeypatch):
         options = quick_compilation()
         return jax.jit(step, donate_argnums=0, compiler_options=options)
 
-    monkeypatch.setattr(loop, "make_mesh", lambda fsdp: make_mesh(1, fsdp=fsdp))
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    monkeypatch.setattr(run_module, "make_mesh", lambda fsdp: make_mesh(1, fsdp=fsdp))
+    monkeypatch.setattr(run_module, "make_train_step", make_train_step)
 
 
 # Of white images the poisoned views are not numbers.
@@ -308,7 +310,7 @@ def test_no_memory_in_a_step_is_told_so(tmp_path, monkeypatch):
         return build(*arguments)._replace(step=step)
 
     monkeypatch.setattr("jemjax.training.loop.build", built)
-    monkeypatch.setattr("jemjax.training.loop.Run.check", lambda run: None)
+    monkeypatch.setattr("jemjax.training.run.Run.check", lambda run: None)
     with pytest.raises(UserError, match="out of memory with --batch-size 16"):
         pretrain(_config(tmp_path), QUIET)
 

@@ -17,10 +17,10 @@ from jemjax.data import batches, open_data
 from jemjax.methods import METHODS
 from jemjax.runtime import quick_compilation
 from jemjax.training.config import ViewOptions, resolve
-from jemjax.training.loop import build
 from jemjax.training.mesh import make_mesh
 from jemjax.training.picture import BACKGROUND, GRAY, Row, draw, enlarge, fit_in, hide
 from jemjax.training.preview import PreviewConfig, preview, see
+from jemjax.training.run import build
 from jemjax.training.step import Branches
 
 

@@ -19,6 +19,7 @@ from jemjax.methods import VICReg
 from jemjax.training import loop
 from jemjax.training.config import PretrainConfig
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, replacing
+from jemjax.training.output import check_folder
 
 # A network and a run so small that compilation is most of the time.
 TINY = [
@@ -395,10 +396,10 @@ def test_a_start_that_failed_does_not_lock_its_folder(tmp_path):
     assert os.listdir(tmp_path) == []
     for name in ("config.tmp", ".jemjax-hosts", ".jemjax-lock"):  # it was killed
         (tmp_path / name).touch()
-    loop._check_folder(PretrainConfig(VICReg()), tmp_path)
+    check_folder(PretrainConfig(VICReg()), tmp_path)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files"):
-        loop._check_folder(PretrainConfig(VICReg()), tmp_path)
+        check_folder(PretrainConfig(VICReg()), tmp_path)
 
 
 def test_metrics_are_rewound_to_the_restored_step(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from jemjax import cli
 from jemjax.errors import UserError
 from jemjax.methods import VICReg
-from jemjax.training import loop
+from jemjax.training import loop, output
 from jemjax.training.config import PretrainConfig
 from jemjax.training.metrics import read_metrics
 from jemjax.training.signals import NAMES, Signals
@@ -198,7 +198,7 @@ def test_the_command_that_is_printed_has_what_resuming_needs(tmp_path, monkeypat
         fallback=False,
         allow_change=("views", "backbone"),
     )
-    loop._write_config(given, tmp_path)
+    output.write_config(given, tmp_path)
     with pytest.raises(UserError) as stopped:
         loop._stop(Signals(), given, "after step 1")
     resumed = []

@@ -1,0 +1,91 @@
+"""A run that was saved, measured."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jemjax.errors import CheckpointError
+from jemjax.training.checkpoints import Checkpoints
+from jemjax.training.features import Embedder, choose_examples
+from jemjax.training.hosts import connect, end_on_sigterm, is_first, together
+from jemjax.training.inputs import check_test, open_part, read
+from jemjax.training.measure import measure
+from jemjax.training.metrics import Display, write_json
+from jemjax.training.output import load_config
+from jemjax.training.run import build
+
+
+def evaluate(
+    folder: Path,
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    data_dir: str | None = None,
+    multihost: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Measures the newest checkpoint of a run, on its own data or on other.
+
+    Args:
+        folder: the run.
+        data: labelled images that are the neighbors; unless given, the run's.
+        eval_data: of which the test part is asked about; unless given, `data`.
+        data_dir: where prepared data sets are; unless given, as in the run.
+        multihost: whether several hosts do it, each of which calls this.
+        display: where progress is shown.
+
+    Returns:
+        The figures, which are also written to `evaluation.json` in the folder.
+
+    Raises:
+        UserError: where there is no run or no checkpoint, or other data do not fit.
+    """
+    connect(multihost)
+    end_on_sigterm()
+    display = display or Display(quiet=not is_first())
+    with together():
+        config = load_config(folder)
+        if data_dir is not None:
+            config = dataclasses.replace(config, data_dir=data_dir)
+        same = data is None and eval_data is None
+        eval_data = eval_data or data or config.eval_data or config.data
+        data = data or config.data
+        source = open_part(data, "train", config)
+        test = open_part(eval_data, "test", config)
+        check_test(
+            dataclasses.replace(config, data=data, eval_data=eval_data), source, test
+        )
+        # Sharded as in the run, as far as the devices here allow it.
+        fsdp = math.gcd(config.fsdp, jax.device_count())
+        run = build(dataclasses.replace(config, fsdp=fsdp), source)
+        source, test = read(source, display), read(test, display)
+    untrained = run.init()
+    with Checkpoints(folder, writable=False, say=display.say) as checkpoints:
+        state = checkpoints.restore(untrained)
+    if state is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint yet")
+    display.say(f"{folder}: step {int(state.step)} of {config.steps}")
+    results = {
+        "data": data,
+        "eval_data": eval_data,
+        "step": int(state.step),
+        **measure(
+            state,
+            untrained,
+            choose_examples(source, test, config.final_examples),
+            Embedder(config.method, run.network, run.recipe, run.mesh),
+            run.recipe,
+            folder / "evaluation_clusters.csv",
+            display.say,
+        ),
+    }
+    with together():
+        if is_first():
+            write_json(folder / "evaluation.json", results)
+    display.results(results)
+    if not same:
+        display.say(f"measured on {data} and {eval_data}, not on the run's own data")
+    return results

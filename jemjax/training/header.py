@@ -1,0 +1,56 @@
+"""What a run says before it begins."""
+
+from collections.abc import Iterator
+
+import jax
+
+from jemjax.data import Source
+from jemjax.runtime import idle_accelerator, settings
+from jemjax.training.config import describe_data, describe_views
+from jemjax.training.run import Run
+
+
+def _count_unreadable(source: Source, test: Source) -> str:
+    """As far as they were found: all of those in memory, of others what was read."""
+    return f"{len(source.unreadable):,} images, {len(test.unreadable):,} test images"
+
+
+def header(run: Run, source: Source, test: Source) -> Iterator[tuple[str, str]]:
+    """What a run is made of, as names and texts."""
+    config = run.config
+    assert config.steps
+    yield "data", describe_data(config, source)
+    yield "measured on", f"{config.eval_data}: {len(test):,} test images"
+    size = config.image_size
+    assert size
+    small = source.survey.smaller_than(size) if source.survey else 0
+    if source.survey and small:
+        yield (
+            "",
+            f"{small:,} of {source.survey.looked_at:,} images are smaller than {size}"
+            " pixels, and are enlarged",
+        )
+    if source.unreadable or test.unreadable:
+        yield "", f"unreadable and replaced: {_count_unreadable(source, test)}"
+    yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
+    yield from describe_views(run.recipe, source)
+    options = config.optimizer
+    yield (
+        "training",
+        f"{config.steps:,} steps of {config.batch_size} images ({config.epochs:g}"
+        f" epochs), {options.name}, learning rate {run.schedule(config.steps // 2):.2g}"
+        f" at half-time",
+    )
+    devices = run.mesh.devices.flatten()
+    hosts = jax.process_count()
+    yield (
+        "devices",
+        f"{len(devices)} x {devices[0].device_kind}"
+        + (f" of {hosts} hosts" if hosts > 1 else "")
+        + (f", parameters sharded over {config.fsdp}" if config.fsdp > 1 else "")
+        + (f", batches in {config.accumulate} parts" if config.accumulate > 1 else ""),
+    )
+    if idle := idle_accelerator():
+        yield "", idle
+    yield "settings", settings()
+    yield "output", str(config.output)

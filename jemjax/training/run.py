@@ -1,0 +1,139 @@
+"""What a configuration stands for, built: network, views, optimizer and step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from jemjax.augment import ViewRecipe
+from jemjax.data import Crop, Source
+from jemjax.errors import UserError
+from jemjax.methods import Optimization
+from jemjax.runtime import quick_compilation
+from jemjax.training.config import PretrainConfig, crops_of
+from jemjax.training.mesh import (
+    batch_sharding,
+    make_mesh,
+    shaped,
+    state_sharding,
+    to_devices,
+)
+from jemjax.training.optimizers import make_optimizer
+from jemjax.training.state import TrainState, init_state
+from jemjax.training.step import Images, Step, make_train_step
+
+
+class Run(NamedTuple):
+    """What a configuration stands for, built."""
+
+    config: PretrainConfig
+    mesh: Mesh
+    network: nn.Module
+    recipe: ViewRecipe
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[ArrayLike], jax.Array]
+    step: Step
+    image_shape: tuple[int, int, int]
+    crops: tuple[Crop, ...]
+    """what the loader makes of images of several sizes; else it gives the images"""
+    steps_per_epoch: float
+
+    def init(self) -> TrainState:
+        """The state before the first step, on the devices."""
+        state, _ = self.shapes()
+        init = jax.jit(
+            self._init,
+            out_shardings=jax.tree.map(lambda x: x.sharding, state),
+            compiler_options=quick_compilation(),
+        )
+        return init(jax.random.key(self.config.seed))
+
+    def _init(self, key: jax.Array) -> TrainState:
+        size = self.config.image_size
+        view = jnp.zeros((2, size, size, self.image_shape[2]), jnp.float32)
+        return init_state(key, self.config.method, self.network, self.optimizer, view)
+
+    def shapes(self) -> tuple[TrainState, Any]:
+        """What a step is given: shapes, dtypes and shardings; nothing is computed."""
+
+        def images(height, width):
+            return jax.ShapeDtypeStruct(
+                (self.config.batch_size, height, width, self.image_shape[2]),
+                jnp.uint8,
+                sharding=batch_sharding(self.mesh),
+            )
+
+        crops = tuple(images(crop.size, crop.size) for crop in self.crops)
+        state = jax.eval_shape(self._init, jax.random.key(0))
+        state = shaped(state, state_sharding(state, self.mesh))
+        return state, crops or images(*self.image_shape[:2])
+
+    def images(self, batch: dict[str, Any]) -> Images:
+        """What a step is given of a loader's batch, on the devices."""
+        return to_devices(batch["views" if self.crops else "image"], self.mesh)
+
+    def check(self) -> None:
+        """Traces a step, in which what makes no sense is refused with the reason."""
+        try:
+            jax.eval_shape(self.step, *self.shapes())
+        except ValueError as error:  # argument, got, expected
+            raise UserError(f"{self.config.method.name}: {error}") from error
+
+
+def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
+    """Builds network, views and optimizer of a resolved configuration."""
+    assert config.batch_size and config.steps
+    try:
+        mesh = mesh or make_mesh(fsdp=config.fsdp)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    method = config.method
+    try:
+        network = config.network()
+        recipe = config.recipe()
+        steps_per_epoch = len(source) / config.batch_size
+        options = dataclasses.asdict(config.optimizer)
+        options["clip_norm"] = options["clip_norm"] or None
+        optimizer, schedule = make_optimizer(
+            Optimization(**options),
+            batch_size=config.batch_size,
+            total_steps=config.steps,
+            steps_per_epoch=steps_per_epoch,
+            constant_rate=method.constant_rate,
+            frozen=method.frozen,
+            frozen_for={
+                name: round(epochs * steps_per_epoch)
+                for name, epochs in method.frozen_epochs().items()
+            },
+        )
+        step = make_train_step(
+            method,
+            network,
+            recipe,
+            optimizer,
+            mesh,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=config.steps,
+            accumulate=config.accumulate,
+            max_skipped=config.max_skipped,
+        )
+    except ValueError as error:  # argument, got, expected
+        raise UserError(f"{method.name}: {error}") from error
+    return Run(
+        config,
+        mesh,
+        network,
+        recipe,
+        optimizer,
+        schedule,
+        step,
+        source.image_shape,
+        crops_of(recipe, source),
+        steps_per_epoch,
+    )
