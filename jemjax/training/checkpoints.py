@@ -224,7 +224,7 @@ class Checkpoints:
 
         Args:
             like: says the shapes, dtypes and shardings.
-            until: the last step that it may be of.
+            until: the last step that it may be of; then there need not be any.
 
         Raises:
             CheckpointError: if there are checkpoints, but none that can be used.
@@ -289,8 +289,9 @@ class Checkpoints:
             else:
                 _require_same_leaves(self._folder / str(step), manifest.leaves, like)
                 return step
-        # For `replay` a step may be reached from the start, too.
-        aside = stored.set_aside_before(self._folder) if until is None else []
+        if until is not None:  # for `replay`, which can begin at the start, too
+            return None
+        aside = stored.set_aside_before(self._folder)
         if problem or aside:
             raise CheckpointError(
                 f"no checkpoint in {self._folder} is whole"

@@ -1,6 +1,7 @@
 """A step once more, to find where its numbers stop being finite."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def replay(
         raise UserError(f"--step: got {number}, expected 1 to {config.steps}")
     source = open_source(config.data, "train", config, display)
     run = build(config, source)
-    state, before = _nearest(run, folder, number - 1)
+    state, before = _nearest(run, folder, number - 1, display.say)
     display.say(
         f"step {number} of {folder}: from the state after step {before},"
         f" {number - 1 - before} steps are taken again first"
@@ -115,12 +116,14 @@ def replay(
     return findings
 
 
-def _nearest(run: Run, folder: Path, step: int) -> tuple[TrainState, int]:
+def _nearest(
+    run: Run, folder: Path, step: int, say: Callable[[str], None]
+) -> tuple[TrainState, int]:
     """The last saved state that is not after a step, or that at the beginning."""
     state, found = run.init(), 0
     for place in (folder, folder / FOLDER):
         if (place / "checkpoints").is_dir():
-            with Checkpoints(place, writable=False) as checkpoints:
+            with Checkpoints(place, writable=False, say=say) as checkpoints:
                 saved = checkpoints.restore(state, until=step)
             if saved is not None and int(saved.step) > found:
                 state, found = saved, int(saved.step)

@@ -168,6 +168,25 @@ def test_where_all_are_damaged_nothing_starts_anew_silently(run):
             _restore(run)
 
 
+def test_replay_goes_past_damage_and_then_from_the_start(run):
+    def restore(until):
+        said = []
+        with Checkpoints(run, writable=False, say=said.append) as checkpoints:
+            return checkpoints.restore(_state(0), until=until), "\n".join(said)
+
+    _flip(_files(run / "checkpoints" / "20")[-1])
+    restored, said = restore(19)  # what is after it does not matter
+    assert fingerprint(restored) == fingerprint(_state(10)) and said == ""
+    restored, said = restore(20)
+    assert fingerprint(restored) == fingerprint(_state(10))
+    assert "checkpoint 20: " in said
+    _flip(_files(run / "checkpoints" / "10")[-1])
+    restored, said = restore(15)
+    assert restored is None
+    assert "checkpoint 10: " in said and "checkpoint 20: " not in said
+    assert sorted(os.listdir(run / "checkpoints")) == ["10", "20"]
+
+
 def test_links_out_of_a_checkpoint_are_refused(run, tmp_path):
     place = run / "checkpoints" / "20"
     (tmp_path / "outside").mkdir()

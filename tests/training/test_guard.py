@@ -168,6 +168,15 @@ def test_a_skipped_step_is_counted_kept_and_found_again(poisoned, tmp_path, caps
     said = capsys.readouterr().out
     assert f"step {number} of" in said and "the step is skipped" in said
     assert "view 0: 192 of 3,072 numbers" in said
+    # What was kept for it is damaged, and so is a checkpoint after it.
+    kept = list((folder / "skipped" / "checkpoints").iterdir())
+    for place in (*kept, folder / "checkpoints" / "12"):
+        (place / stored.MANIFEST).write_text("{}")
+    assert replay(folder) == findings
+    said = capsys.readouterr().out
+    assert "from the state after step 0" in said
+    for place in kept:
+        assert f"WARNING: checkpoint {place.name}: file manifest.json" in said
     # Another step is finite: nothing is found.
     assert replay(folder, step=number + 1) == []
     assert "all numbers are finite" in capsys.readouterr().out
