@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from jemjax.errors import CheckpointDamaged, CheckpointError
 from jemjax.training import stored
-from jemjax.training.hosts import gather, is_first, together
+from jemjax.training.hosts import is_first, of_first, together
 from jemjax.training.state import TrainState
 
 # Bytes of a data file, about: some are hashed while others are being written.
@@ -235,7 +235,7 @@ class Checkpoints:
             if is_first():
                 step = self._newest_whole(like, until)
                 chosen = "" if step is None else str(step)
-        chosen = gather(chosen)[0] if jax.process_count() > 1 else chosen
+        chosen = of_first(chosen)
         if not chosen:
             return None
         abstract = jax.tree.map(

@@ -1,11 +1,8 @@
 """A run that was saved, measured."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from jemjax.errors import CheckpointError
 from jemjax.training.checkpoints import Checkpoints
@@ -15,7 +12,7 @@ from jemjax.training.inputs import check_test, open_part, read
 from jemjax.training.measure import measure
 from jemjax.training.metrics import Display, write_json
 from jemjax.training.output import load_config
-from jemjax.training.run import build
+from jemjax.training.run import rebuild
 
 
 def evaluate(
@@ -58,9 +55,7 @@ def evaluate(
         check_test(
             dataclasses.replace(config, data=data, eval_data=eval_data), source, test
         )
-        # Sharded as in the run, as far as the devices here allow it.
-        fsdp = math.gcd(config.fsdp, jax.device_count())
-        run = build(dataclasses.replace(config, fsdp=fsdp), source)
+        run = rebuild(config, source)
         source, test = read(source, display), read(test, display)
     untrained = run.init()
     with Checkpoints(folder, writable=False, say=display.say) as checkpoints:

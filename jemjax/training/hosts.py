@@ -136,7 +136,7 @@ def require_shared(folder: Path) -> None:
     with together():
         if is_first():
             mark.write_text(uuid.uuid4().hex)
-    written = gather(mark.read_text() if is_first() else "")[0]
+    written = of_first(mark.read_text() if is_first() else "")
     try:
         with together():
             if not mark.exists() or mark.read_text() != written:
@@ -157,6 +157,11 @@ def gather(text: str) -> list[str]:
     padded[: len(encoded)] = encoded
     rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def of_first(text: str) -> str:
+    """What the first host gives, on all of them; each has to call it."""
+    return gather(text)[0] if jax.process_count() > 1 else text
 
 
 def stop(message: str, exit_code: int) -> NoReturn:

@@ -251,7 +251,7 @@ def _train(
         crops=run.crops,
         timeout=config.load_timeout,
     )
-    skipping = SkippedSteps(run.config, folder, state, display.say)
+    skipping = SkippedSteps(run.config, folder, state, display.say, checkpoints.wait)
     shown: dict[str, float] = {}
     collapsed = False
     training = 0.0  # seconds in steps, without compilation and measurements

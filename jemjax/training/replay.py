@@ -16,7 +16,7 @@ from jemjax.training.checkpoints import Checkpoints
 from jemjax.training.inputs import open_source
 from jemjax.training.metrics import Display
 from jemjax.training.output import load_config
-from jemjax.training.run import Run, build
+from jemjax.training.run import Run, rebuild
 from jemjax.training.skipped import FOLDER, skipped_step
 from jemjax.training.state import TrainState
 from jemjax.training.step import Images, make_loss
@@ -67,7 +67,7 @@ def replay(
     if not (config.steps and 1 <= number <= config.steps):
         raise UserError(f"--step: got {number}, expected 1 to {config.steps}")
     source = open_source(config.data, "train", config, display)
-    run = build(config, source)
+    run = rebuild(config, source)
     state, before = _nearest(run, folder, number - 1, display.say)
     display.say(
         f"step {number} of {folder}: from the state after step {before},"

@@ -1,6 +1,7 @@
 """What a configuration stands for, built: network, views, optimizer and step."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -137,3 +138,9 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         crops_of(recipe, source),
         steps_per_epoch,
     )
+
+
+def rebuild(config: PretrainConfig, source: Source) -> Run:
+    """Builds a saved run, sharded as it was as far as the devices here allow it."""
+    fsdp = math.gcd(config.fsdp, jax.device_count())
+    return build(dataclasses.replace(config, fsdp=fsdp), source)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 
-from jemjax.errors import CheckpointError, DivergenceError
+from jemjax.errors import DivergenceError, UserError
 from jemjax.training.checkpoints import Checkpoints
 from jemjax.training.config import PretrainConfig
-from jemjax.training.hosts import is_first, together
+from jemjax.training.hosts import is_first, of_first, together
 from jemjax.training.metrics import write_json
 from jemjax.training.state import TrainState, all_finite
 from jemjax.training.stored import saved_steps, unfinished
@@ -35,10 +35,15 @@ class SkippedSteps:
         folder: Path,
         state: TrainState,
         say: Callable[[str], None],
+        settle: Callable[[], None],
     ):
-        """`state` is that before the first step."""
+        """`state` is that before the first step; `settle` ends a save of the run.
+
+        Two saves at once would be taken for one another: hosts wait for each other in
+        orbax by the name of the folder that is written, which is the step.
+        """
         self._config, self._folder = config, folder
-        self._say = say
+        self._say, self._settle = say, settle
         self._known = int(state.skipped.steps)
 
     def heed(self, step: int, state: TrainState) -> int:
@@ -102,20 +107,25 @@ class SkippedSteps:
             again: whether it takes the place of one that is kept.
         """
         place = self._folder / FOLDER
-        if (place / _FILE).exists() and not again:
+        # The first host's word: the others may see its files late.
+        if of_first("kept" if (place / _FILE).exists() else "") and not again:
             return
-        kept_steps = saved_steps(place / "checkpoints")
+        self._settle()
+        names = " ".join(map(str, saved_steps(place / "checkpoints")))
+        kept_steps = [int(name) for name in of_first(names).split()]
         if state is not None and number - 1 not in kept_steps:
             # As it was before the step.
             back = state.step - (state.step - number + 1)
             zeros = jax.tree.map(lambda x: x - x, state.skipped)
             before = state.replace(step=back, skipped=zeros)
             try:
-                if is_first():
-                    place.mkdir(exist_ok=True)
-                with Checkpoints(place, say=self._say) as kept:
+                with together():
+                    if is_first():
+                        place.mkdir(exist_ok=True)
+                    checkpoints = Checkpoints(place, say=self._say)
+                with checkpoints as kept:
                     kept.save(number - 1, before, last=True)
-            except (CheckpointError, OSError) as error:
+            except (UserError, OSError) as error:
                 if jax.process_count() > 1:  # the others may wait for this one
                     raise
                 self._warn(place, error)

@@ -222,7 +222,7 @@ def test_what_cannot_be_kept_for_replay_ends_no_run(
         skipped=Skipped(zero, zero, zero),
     )
     config = PretrainConfig(VICReg(), max_skipped=2)
-    skipping = SkippedSteps(config, tmp_path, state, said.append)
+    skipping = SkippedSteps(config, tmp_path, state, said.append, lambda: None)
 
     def after(step):
         return state.replace(step=zero + step, skipped=Skipped(*[zero + step] * 3))

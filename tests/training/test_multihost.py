@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from training.disks import mount
 
+from jemjax.training import stored
 from jemjax.training.metrics import read_metrics
 
 TINY = [
@@ -189,6 +190,81 @@ def test_images_of_several_sizes_are_cropped_alike_on_two_hosts(tmp_path):
     assert "crops made by the loader" in said[0][0]
     losses = _losses(tmp_path / "one")
     assert _losses(tmp_path / "two") == pytest.approx(losses, rel=1e-5)
+
+
+# White images are poison. Of several hosts orbax names what one waits for in another
+# by the step alone, so that two states must not be on their way at once.
+POISONED = """
+import time
+import jax.numpy as jnp
+from orbax.checkpoint import AsyncCheckpointer
+from jemjax import cli
+from jemjax.training import step
+
+make_views = step.make_views
+
+
+def poisoned(keys, images, recipe):
+    white = jnp.all(images == 255, axis=(1, 2, 3), keepdims=True)
+    return tuple(jnp.where(white, jnp.nan, x) for x in make_views(keys, images, recipe))
+
+
+save, wait = AsyncCheckpointer.save, AsyncCheckpointer.wait_until_finished
+saving = set()
+
+
+def save_alone(self, *arguments, **keywords):
+    assert not saving - {self}, "another state is being saved"
+    save(self, *arguments, **keywords)
+    saving.add(self)
+
+
+def wait_and_note(self):
+    wait(self)
+    if self in saving:
+        time.sleep(5)  # longer than a step
+        saving.discard(self)
+
+
+step.make_views = poisoned
+AsyncCheckpointer.save = save_alone
+AsyncCheckpointer.wait_until_finished = wait_and_note
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 9], ids=["at once", "later"])
+def test_a_skipped_step_of_two_hosts_is_kept_whole_and_found_again(every, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for number in range(160):
+        pixels = rng.integers(0, 200, (8, 8, 3), np.uint8)
+        pixels[...] = 255 if number == 7 else pixels
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number:03}.png")
+    folder, program = tmp_path / "run", ["-c", POISONED]
+    # Seen at once, the state is kept as it is; later, the checkpoint before it is.
+    options = [*TINY, f"--data=folder:{tmp_path / 'data'}", "--batch-size=16"]
+    options += ["--steps=12", "--eval-every=0", "--fsdp=8", f"--output={folder}"]
+    options += [f"--log-every={every}", "--checkpoint-every=7"]
+    codes, said = _end(_start_hosts("pretrain", "vicreg", *options, program=program))
+    assert codes == [0, 0], said
+    kept = folder / "skipped"
+    number = json.loads((kept / "step.json").read_text())["step"]
+    assert said[0][0].count(f"step {number}: loss or gradient was not finite") == 1
+    assert "WARNING" not in said[0][0]
+    (step,) = stored.saved_steps(kept / "checkpoints")
+    stored.verify(kept / "checkpoints" / str(step))
+    assert sorted(os.listdir(kept / "checkpoints")) == [str(step)]
+    assert (number, step) == (8, 7)
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    assert rows[-1]["step"] == 12 and rows[-1]["skipped_steps"] == 2
+    (code,), ((out, errors),) = _end(
+        [_start("replay", folder, devices=1, program=program)]
+    )
+    assert code == 0, errors
+    assert f"from the state after step {step}" in out
+    assert "the step is skipped" in out and "view 0: 192 of 3,072 numbers" in out
 
 
 @pytest.mark.slow
