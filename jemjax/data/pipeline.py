@@ -143,7 +143,8 @@ def _gather_and_tell(
 class Batches(Iterator[dict[str, Any]]):
     """Batches as plain arrays.
 
-    Their workers end when it is closed or dropped, or Python exits.
+    A thread of its own asks for them, so that one that does not come can be given up.
+    It and the workers end when this is closed or dropped, or Python exits.
     """
 
     def __init__(
@@ -153,18 +154,28 @@ class Batches(Iterator[dict[str, Any]]):
         self._source = source
         self._timeout = timeout
         self._notes = notes
-        self.close = weakref.finalize(self, _close, self._iterators, notes)
+        self._asked, self._requests = False, queue.SimpleQueue()
+        self._answers = queue.SimpleQueue()
+        threading.Thread(
+            target=_serve,
+            args=(self._iterators, self._requests, self._answers),
+            daemon=True,
+        ).start()
+        self.close = weakref.finalize(
+            self, _close, self._iterators, self._requests, notes
+        )
 
     def __next__(self) -> dict[str, Any]:
-        answers = queue.SimpleQueue()
-        # In a thread of its own, so that what does not come can be given up.
-        threading.Thread(
-            target=_fetch, args=(self._iterators[0], answers), daemon=True
-        ).start()
+        if not self._iterators:
+            raise ValueError(f"{self._source.name}: its batches are closed")
+        if not self._asked:  # else a wait for this one was interrupted
+            self._asked = True
+            self._requests.put(True)
         try:
-            batch, error = answers.get(timeout=self._timeout)
+            batch, error = self._answers.get(timeout=self._timeout)
         except queue.Empty:
             raise self._stalled() from None
+        self._asked = False
         if isinstance(error, RuntimeError) and self._notes:
             raise self._ended(error) from error
         if error is not None:
@@ -219,13 +230,22 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 _ABANDONED: list[Any] = []
 
 
-def _fetch(iterator: Any, answers: "queue.SimpleQueue[Any]") -> None:
+def _serve(
+    iterators: list[Any],
+    requests: "queue.SimpleQueue[bool]",
+    answers: "queue.SimpleQueue[Any]",
+) -> None:
+    """Answers each request with a batch, or the error in place of it, until False."""
+    with _signals_wait():
+        while requests.get():
+            answers.put(_fetch(iterators))
+
+
+def _fetch(iterators: list[Any]) -> tuple[Any, BaseException | None]:
     try:
-        with _signals_wait():
-            batch = next(iterator)
-        answers.put((batch, None))
+        return next(iterators[0]), None
     except BaseException as error:
-        answers.put((None, error))
+        return None, error
 
 
 @contextlib.contextmanager
@@ -314,8 +334,11 @@ def _plain(part: Any) -> Any:
     return part if type(part) is np.ndarray else np.array(part, subok=False)
 
 
-def _close(iterators: list[Any], notes: Path | None) -> None:
+def _close(
+    iterators: list[Any], requests: "queue.SimpleQueue[bool]", notes: Path | None
+) -> None:
     """Closes Grain's iterator and lets go of it while Python can still clean up."""
+    requests.put(False)
     while iterators:
         iterators.pop().close()
     if notes is not None:

@@ -2,6 +2,8 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jemjax.data import ArraySource, Crop, DataError, batches, open_data
+from jemjax.data import ArraySource, Crop, DataError, batches, open_data, pipeline
 
 EXAMPLES = 23
 
@@ -175,6 +177,40 @@ def test_a_batch_that_hosts_cannot_share_is_refused():
 def test_wrong_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: got {value}, expected"):
         batches(numbered(), **{"batch_size": 4, "seed": 0, argument: value})
+
+
+def test_one_thread_asks_for_all_batches_and_a_wait_can_be_left(monkeypatch):
+    def gather(*arguments):
+        fetchers.add(threading.current_thread())
+        return gathered(*arguments)
+
+    fetchers, gathered = set(), pipeline._fetch
+    monkeypatch.setattr(pipeline, "_fetch", gather)
+    options = {"batch_size": 4, "seed": 0}
+    expected = list(itertools.islice(batches(numbered(), **options), 6))
+    assert len(fetchers) == 1 and threading.main_thread() not in fetchers
+    stream = batches(numbered(), **options)
+    given = [next(stream), next(stream)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "_answers", Interrupted())
+        next(stream)
+    given += itertools.islice(stream, 4)  # the batch that was not waited for is next
+    for batch, same in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(batch["index"], same["index"])
+    before = threading.active_count()
+    stream.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() >= before:
+        assert time.monotonic() < deadline, "its thread does not end"
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+class Interrupted:
+    """Where an answer is waited for as Ctrl-C comes."""
+
+    def get(self, timeout):
+        raise KeyboardInterrupt
 
 
 def test_an_unreadable_file_reaches_the_consumer_as_one_sentence(tmp_path):
