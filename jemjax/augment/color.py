@@ -1,5 +1,6 @@
 """What happens to the colors of a view, in torchvision's arithmetic or another's."""
 
+import functools
 import itertools
 import math
 from typing import Any, Literal, NamedTuple
@@ -434,10 +435,11 @@ def _jitter_mixture(
 
 def _times(matrices: jax.Array, others: jax.Array) -> jax.Array:
     """Products of matrices so small that sums, which are fused, are faster."""
-    return sum(
+    terms = (
         matrices[..., :, i, None] * others[..., None, i, :]
         for i in range(matrices.shape[-1])
     )
+    return functools.reduce(jnp.add, terms)
 
 
 def _rotation(turns: jax.Array) -> jax.Array:

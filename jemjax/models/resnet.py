@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jemjax.models.convolution import convolve
+
 Stem = Literal["imagenet", "small", "patch"]
 
 # Two-pass statistics: the one-pass variance loses its digits where the mean is large.
@@ -26,6 +28,7 @@ BatchNorm = functools.partial(
 Convolution = functools.partial(
     nn.Conv,
     use_bias=False,
+    conv_general_dilated=convolve,
     kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
 )
 
@@ -148,7 +151,7 @@ class ResNet(nn.Module):
         elif self.stem == "small":
             x = convolution(self.width, (3, 3), padding=1)(x)
         elif self.stem == "patch":
-            x = convolution(self.width, (2, 2), 2, padding="VALID")(x)
+            x = convolution(self.width, (2, 2), 2, padding=0)(x)
         else:
             raise ValueError(
                 f'stem: got {self.stem!r}, expected "imagenet", "small" or "patch"'
