@@ -11,7 +11,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and leaves with `exit_code`:
     2 for usage and configuration, 3 for data, 4 for numbers that diverge, 5 for saved
-    states that cannot be written or used.
+    states, and other files of a run, that cannot be written or used.
     """
 
     exit_code = 2

@@ -23,7 +23,7 @@ from jemjax.data import open_data  # noqa: E402
 from jemjax.methods import METHODS  # noqa: E402
 from jemjax.training import step as step_module  # noqa: E402
 from jemjax.training.config import PretrainConfig, resolve  # noqa: E402
-from jemjax.training.loop import build  # noqa: E402
+from jemjax.training.run import build  # noqa: E402
 
 
 def main() -> None:

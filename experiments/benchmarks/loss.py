@@ -264,7 +264,7 @@ def lightly(loss, shape):
 
     if loss == "swav":
         criterion = of.SwaVLoss(TEMPERATURE, 3, EPSILON)
-        function = lambda s: criterion(list(s[:2]), list(s[2:]))  # noqa: E731
+        function = lambda s: criterion(list(s[:2]), list(s[2:])).reshape(())  # noqa: E731
     else:
         function = {
             "vicreg": of.VICRegLoss(),

@@ -24,8 +24,8 @@ from jemjax.cli import reporting_errors  # noqa: E402
 from jemjax.data.sources import ArraySource  # noqa: E402
 from jemjax.methods import METHODS  # noqa: E402
 from jemjax.training.config import PretrainConfig, resolve  # noqa: E402
-from jemjax.training.loop import build  # noqa: E402
 from jemjax.training.mesh import make_mesh  # noqa: E402
+from jemjax.training.run import build  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ python experiments/benchmarks/startup.py --rounds 3
 
 Runs `jemjax pretrain vicreg` on the built-in digits in processes of their own, and
 prints the medians of what their start was made of. JAX itself says how long it traced,
-lowered, and compiled or read programs; what is left is data, weights and measurements.
+lowered, and compiled or read programs; what is left is data, weights and the step.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ PARTS = {
     "tracing": "tracing and lowering",
     "compiling": "compiling",
     "reading": "reading compiled programs",
-    "rest": "data, weights, measuring the untrained network, the first step itself",
+    "rest": "data, weights, the first step itself",
 }
 
 

@@ -26,7 +26,7 @@ def built(method, backbone, batch_size, hyper, **options):
     from jemjax.data.sources import ArraySource
     from jemjax.methods import METHODS
     from jemjax.training.config import PretrainConfig, resolve
-    from jemjax.training.loop import build
+    from jemjax.training.run import build
 
     images = photos(batch_size, SIZE)
     source = ArraySource(images, name="photos")

@@ -2,7 +2,7 @@
 
 A `ViewRecipe` is data: frozen, hashable, printable. `make_views` applies the operations
 of each of its rows in the order: crop, flip, color jitter, grayscale, blur, solarize,
-normalize. An operation with probability 0 leaves nothing in the program.
+normalize. An operation with probability 0 leaves nothing in the program but its draws.
 """
 
 import dataclasses

@@ -271,19 +271,19 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
         sums = feature_gram(rows[:, None], kernel, axis_name)[0]
         return _reciprocal(sums / count)
 
-    def iterate(_, rows):  # (N,) -> (N,)
-        sums = jnp.matmul(kernel, prototypes(rows), precision=lax.Precision.HIGHEST)
-        return _reciprocal(sums / kernel.shape[1])
+    def sums(kernel, columns):  # (n, K), (K,) -> (n,)
+        return jnp.matmul(kernel, columns, precision=lax.Precision.HIGHEST)
 
-    plan = kernel[skip:]
+    def iterate(_, rows):  # (N,) -> (N,)
+        return _reciprocal(sums(kernel, prototypes(rows)) / kernel.shape[1])
+
+    columns = jnp.ones(kernel.shape[1], kernel.dtype)
     if num_iterations > 0:
         rows = jnp.ones_like(kernel[:, 0])
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
-        plan = plan * prototypes(rows)
-    # Rows of which the largest entry is 1: the derivative of the division squares sums,
-    # which would leave the range of exponents. The result does not depend on the scale.
-    plan = plan / lax.stop_gradient(jnp.max(plan, axis=1, keepdims=True))
-    return plan / jnp.sum(plan, axis=1, keepdims=True)
+        columns = prototypes(rows)
+    plan = kernel[skip:]
+    return plan * columns * _reciprocal(sums(plan, columns))[:, None]
 
 
 def _reciprocal(x):

@@ -45,6 +45,8 @@ def convolve(
 ) -> jax.Array:
     """`lax.conv_general_dilated`, as `flax.linen.Conv` calls it.
 
+    Of float32 the derivatives are those of reverse mode: there is no forward mode.
+
     Args:
         images: (N, H, W, C).
         kernel: (height, width, C, features).
@@ -56,7 +58,10 @@ def convolve(
         (N, H', W', features).
     """
     assert options.pop("feature_group_count", 1) == 1
-    return _convolve(images, kernel, tuple(window_strides), tuple(map(tuple, padding)))
+    strides, padding = tuple(window_strides), tuple(map(tuple, padding))
+    if not images.dtype == kernel.dtype == jnp.float32:
+        return _plain(images, kernel, strides, padding)
+    return _convolve(images, kernel, strides, padding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -111,7 +116,6 @@ def _fits(images, kernel, strides, padding) -> bool:
         and images.shape[1] % 2 == images.shape[2] % 2 == 0
         and min(kernel.shape[2:]) >= _LEAST_CHANNELS
         and math.prod(images.shape[1:]) >= _LEAST_NUMBERS
-        and images.dtype == kernel.dtype == jnp.float32
     )
 
 
@@ -136,7 +140,14 @@ def _winograd_gradients(
         for rows in zip(columns, of_tiles, strict=True)
     ]
     of_kernel = _sandwich(_transposed(_G), lax.optimization_barrier(products))
-    return of_images, jnp.stack([jnp.stack(row) for row in of_kernel])
+    of_kernel = jnp.stack([jnp.stack(row) for row in of_kernel])
+    return _summed_as(images, of_images), _summed_as(kernel, of_kernel)
+
+
+def _summed_as(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Summed over the axes of `jax.shard_map` along which x does not vary."""
+    axes = jax.typeof(gradient).mat.varying - jax.typeof(x).mat.varying
+    return lax.psum(gradient, tuple(axes)) if axes else gradient
 
 
 def _input_tiles(images: jax.Array) -> Grid:

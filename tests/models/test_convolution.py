@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from jemjax.models.convolution import convolve
 from jemjax.training.mesh import batch_sharding, make_mesh, replicated
@@ -79,6 +80,20 @@ def test_shards_of_the_batch_give_the_whole(key):
     call = jax.jit(_of(convolve, stride, size), out_shardings=(rows, rows, whole))
     for x, exact in zip(call(*placed), _exact(arguments, stride, size), strict=True):
         assert _error(x, exact) < 2e-6
+
+
+def test_gradients_inside_shard_map_are_those_of_the_whole(key):
+    shape, features, size, stride = CASES["products"]
+    arguments = _arguments(key, shape, features, size, stride)
+    call = jax.shard_map(
+        _of(convolve, stride, size),
+        mesh=make_mesh(4),
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=(P("data"), P("data"), P()),
+    )
+    exact = _exact(arguments, stride, size)
+    for x, wanted in zip(jax.jit(call)(*arguments), exact, strict=True):
+        assert _error(x, wanted) < 2e-6
 
 
 def _lowered(platform, dtype=jnp.float32):
