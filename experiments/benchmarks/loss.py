@@ -372,6 +372,10 @@ WORKLOADS = (
     ),
     of_shape("nt_xent", "NT-Xent", rows=2048, features=128, lightly=5.5),
     of_shape("nt_xent", "NT-Xent", "lightly", rows=256, features=128, optax=60),
+    *(
+        of_shape("nt_xent", "NT-Xent", "lightly", rows=rows, features=128)
+        for rows in (1024, 4096)
+    ),
     workload(
         "sinkhorn",
         (4096, 3000),

@@ -267,4 +267,5 @@ WORKLOADS = (
     workload("dino", "resnet18", 32, {"torch channels_last": 1.2}),
     workload("dino", "vit-tiny", 64, {"torch": 1.15, "torch.compile": 1.1}),
     workload("vicreg", "resnet-narrow", 256, {}),
+    workload("dino", "resnet-narrow", 256, {}),
 )

@@ -68,9 +68,9 @@ def sinkhorn(
         Cuturi, 2013, Sinkhorn distances (arXiv:1306.0895).
         Caron et al., 2020, SwAV (arXiv:2006.09882), section 3.1.
     """
-    (scores,) = check_arrays(axis_name, min_batch=1, scores=(scores, "NK"))
+    check_arrays(axis_name, min_batch=1, scores=(scores, "NK"))
     epsilon, num_iterations = _check_sinkhorn(epsilon, num_iterations)
-    return _assignments(scores, 0, epsilon, num_iterations, axis_name)
+    return _assignments(jnp.asarray(scores), 0, epsilon, num_iterations, axis_name)
 
 
 def assign(
@@ -106,7 +106,7 @@ def assign(
     arrays = {"scores": (scores, "ANK")}
     if queue_scores is not None:
         arrays["queue_scores"] = (queue_scores, "AQK")
-    scores, *queue = check_arrays(axis_name, min_batch=1, **arrays)
+    scores, *queue = _as_given(check_arrays(axis_name, min_batch=1, **arrays), arrays)
     rows = jnp.concatenate([*queue, scores], axis=1)  # (A, Q + N, K)
     queue_length = rows.shape[1] - scores.shape[1]
     # One view after another, because `vmap` would compute both of `_assignments` forms.
@@ -145,15 +145,16 @@ def swapped_cross_entropy(
     References:
         Caron et al., 2020, SwAV (arXiv:2006.09882), equations 1, 2 and 6.
     """
-    scores, assignments = check_arrays(
+    _, assignments = check_arrays(
         axis_name,
         min_batch=1,
         scores=(scores, "VNK"),
         assignments=(assignments, "ANK"),
     )
     temperature = check_number(
-        "temperature", temperature, exclusive=True, dtype=scores.dtype
+        "temperature", temperature, exclusive=True, dtype=assignments.dtype
     )
+    scores = jnp.asarray(scores)
     views, assigned = scores.shape[0], assignments.shape[0]
     if views < max(2, assigned):
         raise ValueError(
@@ -212,7 +213,7 @@ def swav(
     arrays = {"scores": (scores, "VNK")}
     if queue_scores is not None:
         arrays["queue_scores"] = (queue_scores, "AQK")
-    scores, *queue = check_arrays(axis_name, min_batch=1, **arrays)
+    scores, *queue = _as_given(check_arrays(axis_name, min_batch=1, **arrays), arrays)
     if scores.shape[0] < 2:
         raise ValueError(f"scores: got shape {scores.shape}, expected V >= 2")
     num_assigned = _check_integer("num_assigned", num_assigned, 1, scores.shape[0])
@@ -239,12 +240,17 @@ def swav(
 # Compiled, because a call outside `jit` would otherwise compile its branches each time.
 @functools.partial(jax.jit, static_argnames=("skip", "num_iterations", "axis_name"))
 def _assignments(scores, skip, epsilon, num_iterations, axis_name):
-    """The assignments of the rows after the first `skip`: (N, K) -> (N - skip, K)."""
-    dtype = jnp.finfo(scores.dtype)
-    extremes = pmax(jnp.stack([jnp.max(scores), -jnp.min(scores)]), axis_name)
+    """The assignments of the rows after the first `skip`: (N, K) -> (N - skip, K).
+
+    Scores of fewer digits than float32 are converted where they are read.
+    """
+    narrow = jnp.finfo(scores.dtype).bits < 32
+    dtype = jnp.finfo(jnp.float32 if narrow else scores.dtype)
+    extremes = jnp.stack([jnp.max(scores), -jnp.min(scores)]).astype(dtype.dtype)
+    extremes = pmax(extremes, axis_name)
     # In eighths, no difference or potential of finite scores overflows.
     high, negative_low = 0.125 * extremes
-    epsilon = jnp.maximum(0.125 * jnp.asarray(epsilon, scores.dtype), dtype.tiny)
+    epsilon = jnp.maximum(0.125 * jnp.asarray(epsilon, dtype.dtype), dtype.tiny)
     # With potentials of up to 1.5 times the range of the exponents, neither they nor
     # the gradients leave the dtype's exponents.
     limit = 0.5 * math.log(float(dtype.max))
@@ -261,7 +267,7 @@ def _assignments(scores, skip, epsilon, num_iterations, axis_name):
 
 
 def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, bound):
-    exponents = (0.125 * scores - shift) / epsilon
+    exponents = (0.125 * scores.astype(shift.dtype) - shift) / epsilon
     # The bound acts only where `vmap` computes this branch for scores that are not
     # meant for it: its result is not used then, but must be finite.
     kernel = jnp.exp(jnp.clip(exponents, -bound, bound))  # (N, K)
@@ -292,7 +298,7 @@ def _reciprocal(x):
 
 
 def _by_logarithms(scores, shift, epsilon, *, skip, num_iterations, axis_name):
-    scores = 0.125 * scores - shift
+    scores = 0.125 * scores.astype(shift.dtype) - shift
 
     # The potentials are epsilon log u and epsilon log v, in units of the scores. The
     # largest exponent is subtracted before the division by epsilon, so that the others
@@ -316,6 +322,12 @@ def _by_logarithms(scores, shift, epsilon, *, skip, num_iterations, axis_name):
         plan = plan + prototypes(rows)
     largest = lax.stop_gradient(jnp.max(plan, axis=1, keepdims=True))
     return jax.nn.softmax((plan - largest) / epsilon, axis=1)
+
+
+def _as_given(checked, arrays):
+    """Arrays without their conversion, if they are of one dtype; it comes later."""
+    given = [jnp.asarray(array) for array, _ in arrays.values()]
+    return given if len({array.dtype for array in given}) == 1 else checked
 
 
 def _check_integer(name, value, minimum, maximum=None):
