@@ -74,7 +74,6 @@ def main():
                     + f" | {worst:.2g} |",
                     flush=True,
                 )
-
     return precise
 
 

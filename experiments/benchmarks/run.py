@@ -85,10 +85,10 @@ def main(options: Options) -> None:
             everything = json.dumps({**about, "results": results}, indent=1)
             (options.output / "results.json").write_text(everything + "\n")
 
+    named = {workload.name: workload for workload in WORKLOADS}
     for kind in ("losses", "step"):
         of_kind = [each for each in results if each["workload"].startswith(f"{kind}/")]
         if of_kind:
-            named = {workload.name: workload for workload in WORKLOADS}
             workloads = [named[each["workload"]] for each in of_kind]
             text.append(f"## {kind}\n\n{harness.summary(workloads, of_kind)}")
             print(text[-1] + "\n", flush=True)

@@ -277,11 +277,11 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
         sums = feature_gram(rows[:, None], kernel, axis_name)[0]
         return _reciprocal(sums / count)
 
-    def sums(kernel, columns):  # (n, K), (K,) -> (n,)
+    def row_sums(kernel, columns):  # (n, K), (K,) -> (n,)
         return jnp.matmul(kernel, columns, precision=lax.Precision.HIGHEST)
 
     def iterate(_, rows):  # (N,) -> (N,)
-        return _reciprocal(sums(kernel, prototypes(rows)) / kernel.shape[1])
+        return _reciprocal(row_sums(kernel, prototypes(rows)) / kernel.shape[1])
 
     columns = jnp.ones(kernel.shape[1], kernel.dtype)
     if num_iterations > 0:
@@ -289,7 +289,7 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         columns = prototypes(rows)
     plan = kernel[skip:]
-    return plan * columns * _reciprocal(sums(plan, columns))[:, None]
+    return plan * columns * _reciprocal(row_sums(plan, columns))[:, None]
 
 
 def _reciprocal(x):
