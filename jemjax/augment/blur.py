@@ -1,5 +1,8 @@
 """Gaussian blur, as a sum of shifted images in each direction."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -10,18 +13,18 @@ from jemjax.augment.inputs import (
     check_number,
     check_range,
     example_keys,
-    happens,
     is_whole,
     materialize,
     per_example,
-    to_images,
-    to_planes,
+    to_floats,
     uniforms,
 )
 
 Padding = Literal["reflect", "zero"]
 
 BLUR_DRAWS = 2  # uniform numbers for a blur: whether, and sigma
+# What CPUs blur at a time: about what their nearest caches hold.
+NUMBERS_AT_ONCE = 320_000
 
 
 def gaussian_blur(
@@ -47,13 +50,13 @@ def gaussian_blur(
     Raises:
         ValueError: for wrong shapes, a sigma or kernel size out of range.
     """
-    planes = to_planes(images)
-    sigmas = per_example("sigma", sigma, len(planes), 0, open_low=True)
-    smaller_side = min(planes.shape[1], planes.shape[3])
+    images = to_floats(images)
+    sigmas = per_example("sigma", sigma, len(images), 0, open_low=True)
+    smaller_side = min(images.shape[1:3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
     if padding not in ("reflect", "zero"):
         raise ValueError(f"padding: got {padding!r}, expected 'reflect' or 'zero'")
-    return to_images(_blur(planes, sigmas[..., 0], radius, padding))
+    return _blur(images, sigmas[..., 0], radius, padding)
 
 
 def random_gaussian_blur(
@@ -83,37 +86,42 @@ def random_gaussian_blur(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    planes = to_planes(images)
-    blurred = random_blur_planes(
-        uniforms(example_keys(key, len(planes)), BLUR_DRAWS),
-        planes,
+    images = to_floats(images)
+    blurred = blur_by_draws(
+        uniforms(example_keys(key, len(images)), BLUR_DRAWS),
+        images,
         sigma=sigma,
         probability=probability,
         kernel_size=kernel_size,
         padding=padding,
     )
-    return to_images(blurred)
+    return blurred
 
 
-def random_blur_planes(
+def blur_by_draws(
     draws: jax.Array,
-    planes: jax.Array,
+    images: jax.Array,
     *,
     sigma: tuple[float, float],
     probability: float,
     kernel_size: int | None,
     padding: Padding,
 ) -> jax.Array:
-    """`random_gaussian_blur` of (N, H, C, W) float32 by (BLUR_DRAWS, N) numbers."""
+    """`random_gaussian_blur` of (N, H, W, C) float32 by (BLUR_DRAWS, N) numbers."""
     smallest, largest = check_range("sigma", sigma)
     probability = check_number("probability", probability, 0, 1)
     chance, amount = draws
     sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
-    smaller_side = min(planes.shape[1], planes.shape[3])
+    smaller_side = min(images.shape[1:3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
-    planes = materialize(planes)
-    blurred = _blur(planes, sigmas, radius, padding)
-    return jnp.where(happens(chance, probability), blurred, planes)
+    blur = partial(_blur, radius=radius, padding=padding)
+    arguments = materialize(images), sigmas, chance < probability
+    if jax.device_count() > 1:
+        # A loop over images that lie on several devices would send them around.
+        return _blur_all(blur, *arguments)
+    return lax.platform_dependent(
+        *arguments, cpu=partial(_blur_chosen, blur), default=partial(_blur_all, blur)
+    )
 
 
 def kernel_radius(name: str, kernel_size: int | None, smaller_side: int) -> int:
@@ -134,33 +142,79 @@ def kernel_radius(name: str, kernel_size: int | None, smaller_side: int) -> int:
     return kernel_size // 2
 
 
-def _blur(
-    planes: jax.Array, sigma: jax.Array, radius: int, padding: Padding
+def _blur_all(
+    blur: Callable[..., jax.Array],
+    images: jax.Array,
+    sigmas: jax.Array,
+    chosen: jax.Array,
 ) -> jax.Array:
-    """Blurs rows and columns: planes (N, H, C, W), sigma (N or 1, 1, 1)."""
+    """Blurs every image, and takes what is chosen."""
+    return jnp.where(chosen.reshape(-1, 1, 1, 1), blur(images, sigmas), images)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _blur_chosen(
+    blur: Callable[..., jax.Array],
+    images: jax.Array,
+    sigmas: jax.Array,
+    chosen: jax.Array,
+) -> jax.Array:
+    """The same, and blurs a few images at a time, until all that are chosen are."""
+    count, *shape = images.shape
+    most = max(1, NUMBERS_AT_ONCE // math.prod(shape))
+    at_once = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    order = jnp.argsort(~chosen)
+
+    def blur_some(turn, images):
+        rows = lax.dynamic_slice_in_dim(order, turn * at_once, at_once)
+        some = materialize(images[rows])
+        blurred = _blur_all(blur, some, sigmas[rows], chosen[rows])
+        return images.at[rows].set(blurred, unique_indices=True)
+
+    turns = (jnp.sum(chosen) + at_once - 1) // at_once
+    return lax.fori_loop(0, turns, blur_some, images)
+
+
+@_blur_chosen.defjvp
+def _blur_chosen_jvp(blur, primals, tangents):
+    # A loop of so many turns as are needed has no derivative in reverse.
+    return jax.jvp(partial(_blur_all, blur), primals, tangents)
+
+
+def _blur(
+    images: jax.Array, sigma: jax.Array, radius: int, padding: Padding
+) -> jax.Array:
+    """Blurs rows and columns: images (N, H, W, C), sigma (N or 1, 1, 1)."""
     distances = jnp.arange(radius + 1, dtype=jnp.float32)
     weights = jnp.exp(-0.5 * jnp.square(distances / sigma))  # (N or 1, 1, radius + 1)
     weights /= 2 * jnp.sum(weights, axis=-1, keepdims=True) - 1  # the center's is 1
-    for axis in (1, 3):
-        planes = _blur_axis(planes, weights[..., None, None], radius, padding, axis)
-    return planes
+    for axis in (1, 2):
+        images = _blur_axis(images, weights[..., None], radius, padding, axis)
+    return images
 
 
 def _blur_axis(
-    planes: jax.Array, weights: jax.Array, radius: int, padding: Padding, axis: int
+    images: jax.Array, weights: jax.Array, radius: int, padding: Padding, axis: int
 ) -> jax.Array:
     """The sum of the images that are shifted along an axis: weights by distance."""
-    size = planes.shape[axis]
-    widths = [(0, 0)] * 4
-    widths[axis] = (radius, radius)
-    mode = "reflect" if padding == "reflect" else "constant"
-    padded = materialize(jnp.pad(planes, widths, mode=mode))
+    count, *sides, channels = images.shape
+    side = sides[axis - 1]
+    before = lax.slice_in_dim(images, 1, radius + 1, axis=axis)
+    after = lax.slice_in_dim(images, side - radius - 1, side - 1, axis=axis)
+    before, after = jnp.flip(before, axis), jnp.flip(after, axis)
+    if padding == "zero":
+        before, after = jnp.zeros_like(before), jnp.zeros_like(after)
+    # Columns and channels are one axis, a long run of numbers: (N, H, W C).
+    parts = [x.reshape(count, x.shape[1], -1) for x in (before, images, after)]
+    padded = materialize(jnp.concatenate(parts, axis))
+    step = 1 if axis == 1 else channels
 
     def shifted(by):
-        return lax.slice_in_dim(padded, radius + by, radius + by + size, axis=axis)
+        start = (radius + by) * step
+        return lax.slice_in_dim(padded, start, start + side * step, axis=axis)
 
     blurred = weights[:, :, 0] * shifted(0)
     for distance in range(1, radius + 1):
         both = shifted(distance) + shifted(-distance)
         blurred += weights[:, :, distance] * both
-    return blurred
+    return materialize(blurred).reshape(images.shape)

@@ -16,8 +16,7 @@ from jemjax.augment.inputs import (
     is_number,
     materialize,
     per_example,
-    to_images,
-    to_planes,
+    to_floats,
     uniforms,
 )
 
@@ -119,11 +118,11 @@ def adjust_hue(images: jax.Array, factor: jax.Array | float) -> jax.Array:
     Raises:
         ValueError: for wrong shapes, or a factor out of range.
     """
-    planes = to_planes(images)
-    factor = per_example("factor", factor, len(planes), -0.5, 0.5)
-    if planes.shape[2] == 1:
-        return to_images(planes)
-    return to_images(_turn_hue(planes, factor))
+    images = to_floats(images)
+    factor = per_example("factor", factor, len(images), -0.5, 0.5)
+    if images.shape[3] == 1:
+        return images
+    return _turn_hue(images, factor)
 
 
 def to_grayscale(images: jax.Array) -> jax.Array:
@@ -138,7 +137,7 @@ def to_grayscale(images: jax.Array) -> jax.Array:
     Raises:
         ValueError: for wrong shapes.
     """
-    return to_images(_remove_color(to_planes(images)))
+    return _remove_color(to_floats(images))
 
 
 def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array:
@@ -154,8 +153,8 @@ def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array
     Raises:
         ValueError: for wrong shapes, or a threshold out of range.
     """
-    planes = to_planes(images)
-    return to_images(_solarize(planes, threshold))
+    images = to_floats(images)
+    return _solarize(images, threshold)
 
 
 def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
@@ -173,7 +172,7 @@ def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     Raises:
         ValueError: for wrong shapes, or a std that is not positive.
     """
-    return to_images(normalize_planes(to_planes(images), mean, std))
+    return normalize_floats(to_floats(images), mean, std)
 
 
 def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
@@ -193,16 +192,16 @@ def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     channels = images.shape[-1]
     mean = _of_channels("mean", mean, channels)
     std = _of_channels("std", std, channels)
-    return images * np.squeeze(std) + np.squeeze(mean)
+    return images * std + mean
 
 
-def normalize_planes(planes: jax.Array, mean: Any, std: Any) -> jax.Array:
-    """`normalize` of (N, H, C, W) float32, in that order."""
+def normalize_floats(images: jax.Array, mean: Any, std: Any) -> jax.Array:
+    """`normalize` of (N, H, W, C) float32, in that order."""
     if not np.all(np.asarray(std) > 0):
         raise ValueError(f"std: got {std}, expected numbers > 0")
-    channels = planes.shape[2]
+    channels = images.shape[3]
     mean = _of_channels("mean", mean, channels)
-    return (planes - mean) / _of_channels("std", std, channels)
+    return (images - mean) / _of_channels("std", std, channels)
 
 
 def color_jitter(
@@ -239,9 +238,9 @@ def color_jitter(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    planes = to_planes(images)
+    images = to_floats(images)
     jitter = random_jitter(
-        uniforms(example_keys(key, len(planes)), JITTER_DRAWS),
+        uniforms(example_keys(key, len(images)), JITTER_DRAWS),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
@@ -249,7 +248,7 @@ def color_jitter(
         probability=probability,
         arithmetic=arithmetic,
     )
-    return to_images(apply_jitter(planes, jitter, arithmetic))
+    return apply_jitter(images, jitter, arithmetic)
 
 
 # Uniform numbers for a jitter: whether, turn, order, place, and three factors.
@@ -311,39 +310,39 @@ def random_jitter(
 
 
 def apply_jitter(
-    planes: jax.Array, jitter: Jitter, arithmetic: Arithmetic = "torchvision"
+    images: jax.Array, jitter: Jitter, arithmetic: Arithmetic = "torchvision"
 ) -> jax.Array:
     """Does to each image what was drawn for it.
 
     Args:
-        planes: (N, H, C, W) float32 in [0, 1].
+        images: (N, H, W, C) float32 in [0, 1].
         jitter: of N examples; saturation and hue are nothing to one channel.
         arithmetic: that of `random_jitter`.
 
     Returns:
-        (N, H, C, W) float32 in [0, 1].
+        (N, H, W, C) float32 in [0, 1].
     """
 
     # Which blend a slot of the order holds differs between the images of a batch, so
     # each slot computes one blend with the factor and the pivot of its own image.
-    def blend_slot(planes, slot, enabled):
-        planes = materialize(planes)
+    def blend_slot(images, slot, enabled):
+        images = materialize(images)
         chosen = _Blend(1.0, 0.0, 0.0)
-        blends = _blends(planes, jitter.factors, arithmetic)
+        blends = _blends(images, jitter.factors, arithmetic)
         for number, blend in enumerate(blends):
             taken = (jitter.order[:, slot] == number) & enabled
             taken = taken.reshape(-1, 1, 1, 1)
             chosen = _Blend(
                 *(jnp.where(taken, *pair) for pair in zip(blend, chosen, strict=True))
             )
-        return _clip(chosen.of(planes))
+        return _clip(chosen.of(images))
 
-    def turn(planes, turns):
-        planes = materialize(planes)
+    def turn(images, turns):
+        images = materialize(images)
         turns = turns.reshape(-1, 1, 1, 1)
-        return jnp.where(turns == 0, planes, _turn_hue(planes, turns))
+        return jnp.where(turns == 0, images, _turn_hue(images, turns))
 
-    return _in_order(planes, jitter, blend_slot, turn if planes.shape[2] > 1 else None)
+    return _in_order(images, jitter, blend_slot, turn if images.shape[3] > 1 else None)
 
 
 def _in_order(state, jitter: Jitter, blend_slot, turn):
@@ -366,7 +365,7 @@ def _in_order(state, jitter: Jitter, blend_slot, turn):
 
 
 def fused_color(
-    planes: jax.Array, jitter: Jitter | None, grayed: jax.Array | None
+    images: jax.Array, jitter: Jitter | None, grayed: jax.Array | None
 ) -> jax.Array:
     """Jitter and grayscale as one matrix and one offset an image: M x + o.
 
@@ -376,14 +375,14 @@ def fused_color(
     the result, and that only by the caller.
 
     Args:
-        planes: (N, H, C, W) float32.
+        images: (N, H, W, C) float32.
         jitter: of N examples, in torchvision's arithmetic.
         grayed: (N,) bool, which images lose their color.
 
     Returns:
-        (N, H, C, W) float32, not clipped.
+        (N, H, W, C) float32, not clipped.
     """
-    mean = jnp.mean(planes, axis=(1, 3))  # (N, C)
+    mean = jnp.mean(jnp.mean(images, axis=1), axis=1)  # (N, C)
     channels = mean.shape[1]
     luma = jnp.array(LUMA if channels == 3 else (1.0,), jnp.float32)
     to_gray = jnp.broadcast_to(luma, (channels, channels))
@@ -394,10 +393,10 @@ def fused_color(
     if grayed is not None:
         gray = _times(to_gray, mixture)
         mixture = jnp.where(grayed[:, None, None], gray, mixture)
-    mixed = mixture[:, None, :, channels, None]  # (N, 1, C, 1)
+    mixture = mixture[:, None, None]  # (N, 1, 1, C, C + 1)
+    mixed = mixture[..., channels]
     for channel in range(channels):
-        weight = mixture[:, None, :, channel, None]
-        mixed = mixed + weight * planes[:, :, channel : channel + 1]
+        mixed = mixed + mixture[..., channel] * images[..., channel : channel + 1]
     return mixed
 
 
@@ -467,15 +466,15 @@ def random_grayscale(
     Raises:
         ValueError: for wrong shapes, or a probability out of range.
     """
-    planes = to_planes(images)
+    images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(planes)), 1)
-    return to_images(gray_planes(planes, chance < probability))
+    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    return gray_where(images, chance < probability)
 
 
-def gray_planes(planes: jax.Array, grayed: jax.Array) -> jax.Array:
-    """Removes color where `grayed` (N,): (N, H, C, W) as it is."""
-    return jnp.where(grayed.reshape(-1, 1, 1, 1), _remove_color(planes), planes)
+def gray_where(images: jax.Array, grayed: jax.Array) -> jax.Array:
+    """Removes color where `grayed` (N,): (N, H, W, C) as it is."""
+    return jnp.where(grayed.reshape(-1, 1, 1, 1), _remove_color(images), images)
 
 
 def random_solarize(
@@ -499,30 +498,30 @@ def random_solarize(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    planes = to_planes(images)
-    (chance,) = uniforms(example_keys(key, len(planes)), 1)
-    return to_images(random_solarize_planes(chance, planes, probability, threshold))
+    images = to_floats(images)
+    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    return solarize_by_draws(chance, images, probability, threshold)
 
 
-def random_solarize_planes(
-    chance: jax.Array, planes: jax.Array, probability: float, threshold: float
+def solarize_by_draws(
+    chance: jax.Array, images: jax.Array, probability: float, threshold: float
 ) -> jax.Array:
-    """`random_solarize` of (N, H, C, W) float32 by (N,) uniform numbers."""
+    """`random_solarize` of (N, H, W, C) float32 by (N,) uniform numbers."""
     probability = check_number("probability", probability, 0, 1)
-    inverted = _solarize(planes, threshold)
-    return jnp.where(happens(chance, probability), inverted, planes)
+    inverted = _solarize(images, threshold)
+    return jnp.where(happens(chance, probability), inverted, images)
 
 
 def _adjust(
     name: str, images: jax.Array, factor: jax.Array | float, arithmetic: Arithmetic
 ) -> jax.Array:
     check_arithmetic("arithmetic", arithmetic)
-    planes = to_planes(images)
+    images = to_floats(images)
     limits = (-1, 1) if _is_shift(name, arithmetic) else (0, math.inf)
-    factor = per_example("factor", factor, len(planes), *limits)
-    (blend,) = _blends(planes, {name: factor}, arithmetic)
+    factor = per_example("factor", factor, len(images), *limits)
+    (blend,) = _blends(images, {name: factor}, arithmetic)
     # One channel has no saturation: the blend with it is a change of nothing.
-    return to_images(_clip(blend.of(planes)))
+    return _clip(blend.of(images))
 
 
 def check_arithmetic(name: str, arithmetic: Arithmetic) -> None:
@@ -543,18 +542,18 @@ class _Blend(NamedTuple):
     pivot: Any
     shift: Any
 
-    def of(self, planes: jax.Array) -> jax.Array:
-        return self.factor * planes + (1 - self.factor) * self.pivot + self.shift
+    def of(self, images: jax.Array) -> jax.Array:
+        return self.factor * images + (1 - self.factor) * self.pivot + self.shift
 
 
 def _blends(
-    planes: jax.Array, factors: dict[str, jax.Array], arithmetic: Arithmetic
+    images: jax.Array, factors: dict[str, jax.Array], arithmetic: Arithmetic
 ) -> list[_Blend]:
     """What brightness, contrast and saturation do: blends, with different pivots.
 
     Factor 1 leaves an image as it is, to the bit.
     """
-    gray = _gray(planes)  # (N, H, 1, W)
+    gray = _gray(images)  # (N, H, W, 1)
     own = arithmetic != "torchvision"
     blends = []
     for name, factor in factors.items():
@@ -564,14 +563,14 @@ def _blends(
         elif name == "brightness":
             blends.append(_Blend(factor, 0.0, 0.0))
         elif name == "contrast":
-            mean = jnp.mean(planes if own else gray, axis=(1, 3), keepdims=True)
+            mean = jnp.mean(images if own else gray, axis=(1, 2), keepdims=True)
             blends.append(_Blend(factor, mean, 0.0))
-        elif planes.shape[2] == 1:
+        elif images.shape[3] == 1:
             blends.append(_Blend(1.0, 0.0, 0.0))
         elif own:
             # At the same hue a saturation f S, at most 1, is a blend with the value.
-            value = jnp.max(planes, axis=2, keepdims=True)
-            chroma = value - jnp.min(planes, axis=2, keepdims=True)
+            value = jnp.max(images, axis=3, keepdims=True)
+            chroma = value - jnp.min(images, axis=3, keepdims=True)
             most = value / jnp.where(chroma == 0, 1.0, chroma)
             blends.append(
                 _Blend(
@@ -583,35 +582,35 @@ def _blends(
     return blends
 
 
-def _clip(planes: jax.Array) -> jax.Array:
-    return jnp.clip(planes, 0, 1)
+def _clip(images: jax.Array) -> jax.Array:
+    return jnp.clip(images, 0, 1)
 
 
-def _gray(planes: jax.Array) -> jax.Array:
-    """(N, H, C, W) -> (N, H, 1, W)."""
-    if planes.shape[2] == 1:
-        return planes
-    red, green, blue = planes[:, :, :1], planes[:, :, 1:2], planes[:, :, 2:]
+def _gray(images: jax.Array) -> jax.Array:
+    """(N, H, W, C) -> (N, H, W, 1)."""
+    if images.shape[3] == 1:
+        return images
+    red, green, blue = images[..., :1], images[..., 1:2], images[..., 2:]
     return materialize(LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)
 
 
-def _remove_color(planes: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(_gray(planes), planes.shape)
+def _remove_color(images: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(_gray(images), images.shape)
 
 
-def _solarize(planes: jax.Array, threshold: jax.Array | float) -> jax.Array:
-    threshold = per_example("threshold", threshold, len(planes), 0, 1)
-    return jnp.where(planes >= threshold, 1 - planes, planes)
+def _solarize(images: jax.Array, threshold: jax.Array | float) -> jax.Array:
+    threshold = per_example("threshold", threshold, len(images), 0, 1)
+    return jnp.where(images >= threshold, 1 - images, images)
 
 
-def _turn_hue(planes: jax.Array, turns: jax.Array) -> jax.Array:
+def _turn_hue(images: jax.Array, turns: jax.Array) -> jax.Array:
     """Hue + turns in HSV, without saturation and value, which stay as they are.
 
     With the hue h in sixths of a turn, the channels are
     largest - (largest - smallest) clip(min(k, 4 - k), 0, 1), k = (offset + h) mod 6,
     with the offset 5 for red, 3 for green and 1 for blue.
     """
-    red, green, blue = (planes[:, :, i : i + 1] for i in range(3))  # (N, H, 1, W) each
+    red, green, blue = (images[..., i : i + 1] for i in range(3))  # (N, H, W, 1) each
     largest = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = largest - jnp.minimum(jnp.minimum(red, green), blue)
     sector = jnp.where(
@@ -622,14 +621,14 @@ def _turn_hue(planes: jax.Array, turns: jax.Array) -> jax.Array:
     offset = jnp.where(largest == red, 0.0, jnp.where(largest == green, 2.0, 4.0))
     hue = offset + sector / jnp.where(chroma == 0, 1.0, chroma) + 6 * turns
 
-    k = hue + jnp.array([[5], [3], [1]], jnp.float32)  # (N, H, 3, W)
+    k = hue + jnp.array([5, 3, 1], jnp.float32)  # (N, H, W, 3)
     k = k - 6 * jnp.floor(k / 6)
     within = jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
     return largest - chroma * within
 
 
 def _of_channels(name: str, values: Any, channels: int) -> np.ndarray:
-    """() or (C, 1), which broadcasts against (N, H, C, W)."""
+    """() or (C,), which broadcasts against (N, H, W, C)."""
     values = np.asarray(values, np.float32)
     if values.shape == (3,) and channels == 1:
         return values.mean()
@@ -638,7 +637,7 @@ def _of_channels(name: str, values: Any, channels: int) -> np.ndarray:
             f"{name}: got {values.tolist()}, expected a number, or one for each of"
             f" {channels} channels"
         )
-    return values[..., None] if values.ndim else values
+    return values
 
 
 def _is_zero(value: Any) -> bool:

@@ -15,8 +15,7 @@ from jemjax.augment.inputs import (
     example_keys,
     happens,
     materialize,
-    to_images,
-    to_planes,
+    to_floats,
     uniforms,
 )
 
@@ -25,8 +24,8 @@ Method = Literal["bilinear", "bicubic"]
 TRIES = 10  # boxes that are drawn before the centered one is taken
 # Uniform numbers for a box: area and aspect of each try, and the place.
 BOX_DRAWS = 2 * TRIES + 2
-# Up to this side rows and columns are mixed by products with whole matrices; of larger
-# images only the pixels that have a weight are read.
+# Up to this side rows and columns are mixed by products with whole matrices, but on
+# CPUs; of larger images only the pixels that have a weight are read.
 LARGEST_PRODUCT = 64
 
 
@@ -60,12 +59,12 @@ def random_resized_crop(
     Raises:
         ValueError: for wrong shapes, or numbers out of range.
     """
-    planes = to_planes(images)
+    images = to_floats(images)
     check_method("method", method)
-    count, height, _, width = planes.shape
+    count, height, width, _ = images.shape
     boxes = random_boxes(key, count, (height, width), scale=scale, ratio=ratio)
-    crop = crop_planes(planes, boxes, check_size("size", size), method)
-    return jnp.clip(to_images(crop), 0, 1)
+    crop = crop_boxes(images, boxes, check_size("size", size), method)
+    return jnp.clip(crop, 0, 1)
 
 
 def random_boxes(
@@ -150,8 +149,8 @@ def crop_and_resize(
 ) -> jax.Array:
     """Cuts a box out of each image and resizes it: rows @ image @ columns'.
 
-    Most of the two matrices is zeros: of images above 64 pixels only what has a weight
-    is read and multiplied.
+    Most of the two matrices is zeros: on CPUs, and of images above 64 pixels, only what
+    has a weight is read and multiplied.
 
     With antialiasing an output pixel is the mean of the box's pixels under the kernel,
     stretched to the box's scale where it shrinks (Pillow's, and torch's antialiased,
@@ -174,20 +173,29 @@ def crop_and_resize(
     Raises:
         ValueError: for wrong shapes, sizes or an unknown method.
     """
-    planes = to_planes(images)
+    images = to_floats(images)
     out_size = check_size("size", size)
     check_method("method", method)
-    count = len(planes)
+    count = len(images)
     if getattr(boxes, "shape", None) != (count, 4):
         raise ValueError(
             f"boxes: got {getattr(boxes, 'shape', boxes)!r}, expected shape"
             f" ({count}, 4), one box for each image"
         )
-    return to_images(crop_planes(planes, boxes, out_size, method, antialias=antialias))
+    return crop_boxes(images, boxes, out_size, method, antialias=antialias)
 
 
-def crop_planes(
-    planes: jax.Array,
+class Taps(NamedTuple):
+    """Which pixels of an axis an output pixel is a mixture of: T of them."""
+
+    sources: jax.Array
+    """(N, out, T) numbers of pixels, int32"""
+    weights: jax.Array
+    """(N, out, T), sums 1"""
+
+
+def crop_boxes(
+    images: jax.Array,
     boxes: jax.Array,
     size: tuple[int, int],
     method: Method,
@@ -198,7 +206,7 @@ def crop_planes(
     """`crop_and_resize`, and the crop mirrored left to right where that is asked for.
 
     Args:
-        planes: (N, H, C, W) float32.
+        images: (N, H, W, C) float32.
         boxes: (N, 4) top, left, height, width in whole pixels.
         size: height and width of the result.
         method: "bilinear" or "bicubic".
@@ -208,40 +216,37 @@ def crop_planes(
     Returns:
         (N, height, C, width) float32.
     """
-    _, height, _, width = planes.shape
-    # All pixels, or those that can have a weight.
-    whole = max(height, width) <= LARGEST_PRODUCT
+    _, height, width, _ = images.shape
     weigh = _antialiased if antialias else _interpolating
     top, left, box_height, box_width = jnp.asarray(boxes).astype(jnp.float32).T  # (N,)
-    rows = weigh(top, box_height, height, size[0], method, whole)
-    columns = weigh(left, box_width, width, size[1], method, whole)
+    rows = weigh(top, box_height, height, size[0], method)
+    columns = weigh(left, box_width, width, size[1], method)
     if mirrored is not None:
         turned = mirrored[:, None, None]
         columns = Taps(*(jnp.where(turned, x[:, ::-1], x) for x in columns))
-    if whole:
-        return resample(planes, rows.weights, columns.weights)
-    # The axis that is mixed is the first: what is read are then long runs of numbers.
-    planes = planes.transpose(0, 3, 2, 1)  # (N, W, C, H)
-    planes = materialize(_mix(planes, columns))  # (N, width, C, H)
-    return materialize(_mix(planes.transpose(0, 3, 2, 1), rows))
+    if max(height, width) > LARGEST_PRODUCT:
+        return mix_by_taps(images, rows, columns)
+    return lax.platform_dependent(
+        images, rows, columns, cpu=mix_by_taps, default=mix_by_products
+    )
 
 
-def resize_planes(planes: jax.Array, size: int, method: Method) -> jax.Array:
+def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
     """The whole image at another size, with antialiasing.
 
     Args:
-        planes: (N, H, C, W) float32.
+        images: (N, H, W, C) float32.
         size: height and width of the result in pixels.
         method: "bilinear" or "bicubic".
 
     Returns:
         (N, size, C, size) float32: the images themselves if they have this size.
     """
-    count, height, _, width = planes.shape
+    count, height, width, _ = images.shape
     if (height, width) == (size, size):
-        return planes
+        return images
     boxes = jnp.tile(jnp.array([[0, 0, height, width]]), (count, 1))  # (N, 4)
-    return crop_planes(planes, boxes, (size, size), method)
+    return crop_boxes(images, boxes, (size, size), method)
 
 
 def random_flip(
@@ -260,35 +265,17 @@ def random_flip(
     Raises:
         ValueError: for wrong shapes, or a probability out of range.
     """
-    planes = to_planes(images)
+    images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(planes)), 1)
-    return to_images(mirror_planes(planes, happens(chance, probability)))
+    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    return mirror_where(images, happens(chance, probability))
 
 
-def mirror_planes(planes: jax.Array, mirrored: jax.Array | None) -> jax.Array:
-    """Mirrors left to right where `mirrored` (N,), if any: (N, H, C, W) as it is."""
+def mirror_where(images: jax.Array, mirrored: jax.Array | None) -> jax.Array:
+    """Mirrors left to right where `mirrored` (N,), if any: (N, H, W, C) as it is."""
     if mirrored is None:
-        return planes
-    return jnp.where(mirrored.reshape(-1, 1, 1, 1), planes[..., ::-1], planes)
-
-
-def resample(planes: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Mixes the rows and the columns of each image: rows @ image @ columns'.
-
-    At full precision, or the pixels would be those of another image on a TPU.
-
-    Args:
-        planes: (N, H, C, W) float32.
-        rows: (N, height, H) weights.
-        columns: (N, width, W) weights.
-
-    Returns:
-        (N, height, C, width) float32.
-    """
-    highest = lax.Precision.HIGHEST
-    mixed = jnp.einsum("nyh,nhcw->nycw", rows, planes, precision=highest)
-    return jnp.einsum("nycw,nxw->nycx", mixed, columns, precision=highest)
+        return images
+    return jnp.where(mirrored.reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
 
 
 def check_method(name: str, method: Method) -> None:
@@ -312,82 +299,90 @@ def _fallback_box(
     return height, width
 
 
-class Taps(NamedTuple):
-    """Which pixels of an axis an output pixel is a mixture of: T of them."""
+def mix_by_taps(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
+    """Mixes the rows and the columns of each image, and reads what has a weight.
 
-    sources: jax.Array
-    """(N, out, T) numbers of pixels, float32"""
-    weights: jax.Array
-    """(N, out, T), sums 1"""
+    Args:
+        images: (N, H, W, C) float32.
+        rows: (N, height, T).
+        columns: (N, width, T).
+
+    Returns:
+        (N, height, width, C) float32.
+    """
+    rows, columns = materialize(rows), materialize(columns)
+    images = materialize(_mix(images, rows, axis=1))
+    return materialize(_mix(images, columns, axis=2))
+
+
+def mix_by_products(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
+    """`mix_by_taps` as products with matrices: rows @ image @ columns'.
+
+    At full precision, or the pixels would be those of another image on a TPU.
+    """
+    highest = lax.Precision.HIGHEST
+    _, height, width, _ = images.shape
+    rows, columns = _matrix(rows, height), _matrix(columns, width)
+    mixed = jnp.einsum("nyh,nhwc->nywc", rows, images, precision=highest)
+    return jnp.einsum("nywc,nxw->nyxc", mixed, columns, precision=highest)
+
+
+def _mix(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
+    """Mixes the rows of each image, axis 1, or its columns, axis 2."""
+    beside = (2, 3) if axis == 1 else (1, 3)
+    # Rows are read in long runs. Of columns each pixel is told where to read, or XLA on
+    # CPUs gathers whole columns, and transposes what it has.
+    told = images.shape[:2] + (taps.sources.shape[1], 1)
+
+    def part(tap):
+        sources = jnp.expand_dims(taps.sources[..., tap], beside)
+        if axis == 2:
+            sources = jnp.broadcast_to(sources, told)
+        read = jnp.take_along_axis(images, sources, axis, mode="promise_in_bounds")
+        return jnp.expand_dims(taps.weights[..., tap], beside) * read
+
+    return functools.reduce(jnp.add, map(part, range(taps.sources.shape[-1])))
+
+
+def _matrix(taps: Taps, pixels: int) -> jax.Array:
+    """The weights of all pixels of the axis: (N, out, pixels)."""
+    chosen = taps.sources[..., None] == jnp.arange(pixels, dtype=jnp.int32)
+    # (N, out, T, pixels) -> (N, out, pixels)
+    return jnp.sum(jnp.where(chosen, taps.weights[..., None], 0.0), axis=2)
 
 
 def _antialiased(
-    start: jax.Array,
-    extent: jax.Array,
-    pixels: int,
-    out: int,
-    method: Method,
-    whole: bool,
+    start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
 ) -> Taps:
     """Those under a kernel as wide as an output pixel, of boxes inside the image."""
     if method == "bilinear" and pixels <= out:
         # No box shrinks. The triangle that the border cuts is one pixel, whole again.
-        return _interpolating(start, extent, pixels, out, method, whole)
+        return _interpolating(start, extent, pixels, out, method)
     start, extent = start[:, None, None], extent[:, None, None]
     step = extent / out
     centers = start + (_numbers(out)[:, None] + 0.5) * step  # (N, out, 1)
-    if whole:
-        sources = _numbers(pixels)
-    else:
-        radius = {"bilinear": 1, "bicubic": 2}[method]
-        first = jnp.ceil(centers - 0.5 - radius * jnp.maximum(step, 1.0))
-        sources = first + _numbers(math.ceil(2 * radius * max(pixels / out, 1.0)))
+    radius = {"bilinear": 1, "bicubic": 2}[method]
+    first = jnp.ceil(centers - 0.5 - radius * jnp.maximum(step, 1.0))
+    sources = first + _numbers(math.ceil(2 * radius * max(pixels / out, 1.0)))
     positions = sources + 0.5
     inside = (start < positions) & (positions < start + extent)
     kernel = _kernel((positions - centers) / jnp.maximum(step, 1.0), method, a=-0.5)
     weights = jnp.where(inside, kernel, 0.0)
     weights /= jnp.sum(weights, axis=-1, keepdims=True)
-    return Taps(
-        jnp.clip(jnp.broadcast_to(sources, weights.shape), 0, pixels - 1), weights
-    )
+    return Taps(jnp.clip(sources, 0, pixels - 1).astype(jnp.int32), weights)
 
 
 def _interpolating(
-    start: jax.Array,
-    extent: jax.Array,
-    pixels: int,
-    out: int,
-    method: Method,
-    whole: bool,
+    start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
 ) -> Taps:
     """The nearest 2 or 4, the border of the box repeated."""
     start, extent = start[:, None, None], extent[:, None, None]
     centers = (_numbers(out)[:, None] + 0.5) * (extent / out) - 0.5  # in the box
-    if whole and method == "bilinear":
-        sources = _numbers(pixels)
-        weights = _kernel(sources - start - jnp.clip(centers, 0, extent - 1), method)
-        return Taps(jnp.broadcast_to(sources, weights.shape), weights)
     taps = _numbers(2) if method == "bilinear" else _numbers(4) - 1
     neighbors = jnp.floor(centers) + taps  # (N, out, T)
     weights = _kernel(neighbors - centers, method, a=-0.75)
     sources = start + jnp.clip(neighbors, 0, extent - 1)
-    if not whole:
-        return Taps(sources, weights)
-    chosen = sources[..., None] == _numbers(pixels)  # (N, out, T, pixels)
-    weights = jnp.sum(weights[..., None] * chosen, axis=2)
-    return Taps(jnp.broadcast_to(_numbers(pixels), weights.shape), weights)
-
-
-def _mix(planes: jax.Array, taps: Taps) -> jax.Array:
-    """Mixes the first axis of each image: (N, pixels, ...) -> (N, out, ...)."""
-    read = jax.vmap(lambda image, sources: image[sources])
-
-    def part(tap):
-        weights = taps.weights[..., tap]  # (N, out)
-        weights = weights.reshape(*weights.shape, *[1] * (planes.ndim - 2))
-        return weights * read(planes, taps.sources[..., tap].astype(jnp.int32))
-
-    return functools.reduce(jnp.add, map(part, range(taps.sources.shape[-1])))
+    return Taps(sources.astype(jnp.int32), weights)
 
 
 def _numbers(count: int) -> jax.Array:

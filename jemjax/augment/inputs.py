@@ -11,18 +11,14 @@ from jax import lax
 CHANNELS = (1, 3)
 
 
-def to_planes(images: Any) -> jax.Array:
-    """Brings images to float32 in [0, 1], channels before columns.
-
-    Inside this package the channels of a row lie one after the other: they are then
-    read as three long runs of numbers, and rows and columns are resampled by products
-    that need no transposed copy. uint8 is divided by 255.
+def to_floats(images: Any) -> jax.Array:
+    """Brings images to float32 in [0, 1]; uint8 is divided by 255.
 
     Args:
         images: (N, H, W, C), C = 1 or 3, floating point in [0, 1] or uint8.
 
     Returns:
-        (N, H, C, W) float32.
+        (N, H, W, C) float32.
 
     Raises:
         ValueError: for another rank, number of channels or dtype, or an empty axis.
@@ -43,25 +39,16 @@ def to_planes(images: Any) -> jax.Array:
             f"images: got dtype {images.dtype}, expected uint8, or floating point"
             " in [0, 1]"
         )
-    planes = jnp.asarray(images).transpose(0, 1, 3, 2).astype(jnp.float32)
-    return materialize(planes / scale)
+    return jnp.asarray(images).astype(jnp.float32) / scale
 
 
-def to_images(planes: jax.Array) -> jax.Array:
-    """The inverse order: (N, H, C, W) -> (N, H, W, C)."""
-    count, height, channels, width = planes.shape
-    # As one long run of rows, or XLA on CPUs writes the result twice.
-    rows = planes.reshape(count * height, channels, width).transpose(0, 2, 1)
-    return rows.reshape(count, height, width, channels)
-
-
-def materialize(planes: jax.Array) -> jax.Array:
+def materialize(images: jax.Array) -> jax.Array:
     """Has an array computed once, although what follows reads it several times.
 
     Gray needs each channel of a pixel, and each channel then needs gray: left to fuse
     a chain of such operations, XLA computes the first again for every use in the last.
     """
-    return lax.optimization_barrier(planes)
+    return lax.optimization_barrier(images)
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:

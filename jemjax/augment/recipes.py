@@ -14,26 +14,26 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jemjax.augment.blur import BLUR_DRAWS, kernel_radius, random_blur_planes
+from jemjax.augment.blur import BLUR_DRAWS, blur_by_draws, kernel_radius
 from jemjax.augment.color import (
     JITTER_DRAWS,
     Arithmetic,
     apply_jitter,
     check_arithmetic,
     fused_color,
-    gray_planes,
-    normalize_planes,
+    gray_where,
+    normalize_floats,
     random_jitter,
-    random_solarize_planes,
+    solarize_by_draws,
 )
 from jemjax.augment.geometry import (
     BOX_DRAWS,
     Method,
     boxes_of,
     check_method,
-    crop_planes,
-    mirror_planes,
-    resize_planes,
+    crop_boxes,
+    mirror_where,
+    resize,
 )
 from jemjax.augment.inputs import (
     check_number,
@@ -41,8 +41,7 @@ from jemjax.augment.inputs import (
     check_size,
     example_keys,
     is_number,
-    to_images,
-    to_planes,
+    to_floats,
     uniforms,
 )
 from jemjax.augment.masking import MaskRecipe
@@ -219,10 +218,10 @@ def make_views(
     Raises:
         ValueError: for wrong shapes.
     """
-    planes = to_planes(images)
-    draws = _draws_of_views(key, len(planes), recipe)
+    images = to_floats(images)
+    draws = _draws_of_views(key, len(images), recipe)
     return tuple(
-        _finish_view(draws, _crop(draws, planes, view), view)
+        _finish_view(draws, _crop(draws, images, view), view)
         for draws, view in zip(draws, recipe.views, strict=True)
     )
 
@@ -246,9 +245,9 @@ def finish_views(
     Raises:
         ValueError: for wrong shapes, or another number of crops.
     """
-    planes = [to_planes(crop) for crop in crops]
-    count = len(planes[0]) if planes else 0
-    shapes = [(len(crop), crop.shape[1], crop.shape[3]) for crop in planes]
+    images = [to_floats(crop) for crop in crops]
+    count = len(images[0]) if images else 0
+    shapes = [crop.shape[:3] for crop in images]
     expected = [(count, view.size, view.size) for view in recipe.views]
     if shapes != expected:
         raise ValueError(
@@ -256,8 +255,8 @@ def finish_views(
         )
     draws = _draws_of_views(key, count, recipe)
     return tuple(
-        _finish_view(draws, mirror_planes(crop, _mirrored(draws, view)), view)
-        for draws, crop, view in zip(draws, planes, recipe.views, strict=True)
+        _finish_view(draws, mirror_where(crop, _mirrored(draws, view)), view)
+        for draws, crop, view in zip(draws, images, recipe.views, strict=True)
     )
 
 
@@ -275,8 +274,8 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
         ValueError: for wrong shapes.
     """
     view = recipe.views[0]
-    planes = resize_planes(to_planes(images), view.size, view.interpolation)
-    return to_images(normalize_planes(jnp.clip(planes, 0, 1), view.mean, view.std))
+    images = resize(to_floats(images), view.size, view.interpolation)
+    return normalize_floats(jnp.clip(images, 0, 1), view.mean, view.std)
 
 
 def _draws_of_views(
@@ -296,13 +295,13 @@ def _draws_of_views(
     ]
 
 
-def _crop(draws: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Array:
-    """The view's part of the image, mirrored or not: (N, H, C, W) -> (N, S, C, S)."""
-    _, height, _, width = planes.shape
+def _crop(draws: dict[str, jax.Array], images: jax.Array, view: View) -> jax.Array:
+    """The view's part of the image, mirrored or not: (N, H, W, C) -> (N, S, S, C)."""
+    _, height, width, _ = images.shape
     mirrored = _mirrored(draws, view)
     if view.crop_scale is None:
-        planes = resize_planes(planes, view.size, view.interpolation)
-        return mirror_planes(planes, mirrored)
+        images = resize(images, view.size, view.interpolation)
+        return mirror_where(images, mirrored)
     boxes = boxes_of(
         draws["crop"],
         (height, width),
@@ -310,7 +309,7 @@ def _crop(draws: dict[str, jax.Array], planes: jax.Array, view: View) -> jax.Arr
         ratio=view.crop_ratio,
     )
     size = (view.size, view.size)
-    return crop_planes(planes, boxes, size, view.interpolation, mirrored=mirrored)
+    return crop_boxes(images, boxes, size, view.interpolation, mirrored=mirrored)
 
 
 def _mirrored(draws: dict[str, jax.Array], view: View) -> jax.Array | None:
@@ -321,9 +320,9 @@ def _mirrored(draws: dict[str, jax.Array], view: View) -> jax.Array | None:
 
 
 def _finish_view(
-    draws: dict[str, jax.Array], planes: jax.Array, view: View
+    draws: dict[str, jax.Array], images: jax.Array, view: View
 ) -> jax.Array:
-    """What comes after the crop: (N, S, C, S) -> (N, S, S, C), normalized."""
+    """What comes after the crop: (N, S, S, C) as it is, normalized."""
     jitter = grayed = None
     if view.jitter_probability > 0:
         jitter = random_jitter(
@@ -338,31 +337,31 @@ def _finish_view(
     if view.grayscale_probability > 0:
         grayed = draws["grayscale"][0] < view.grayscale_probability
     if view.color == "fused" and (jitter is not None or grayed is not None):
-        planes = fused_color(planes, jitter, grayed)
+        images = fused_color(images, jitter, grayed)
     else:
-        planes = jnp.clip(planes, 0, 1)  # bicubic weights overshoot at edges
+        images = jnp.clip(images, 0, 1)  # bicubic weights overshoot at edges
         if jitter is not None:
-            planes = apply_jitter(planes, jitter, view.arithmetic)
+            images = apply_jitter(images, jitter, view.arithmetic)
         if grayed is not None:
-            planes = gray_planes(planes, grayed)
+            images = gray_where(images, grayed)
     if view.blur_probability > 0:
-        planes = random_blur_planes(
+        images = blur_by_draws(
             draws["blur"],
-            planes,
+            images,
             sigma=view.blur_sigma,
             probability=view.blur_probability,
             kernel_size=view.blur_kernel_size,
             padding="reflect" if view.arithmetic == "torchvision" else "zero",
         )
-    planes = jnp.clip(planes, 0, 1)
+    images = jnp.clip(images, 0, 1)
     if view.solarize_probability > 0:
-        planes = random_solarize_planes(
+        images = solarize_by_draws(
             draws["solarize"][0],
-            planes,
+            images,
             view.solarize_probability,
             view.solarize_threshold,
         )
-    return to_images(normalize_planes(planes, view.mean, view.std))
+    return normalize_floats(images, view.mean, view.std)
 
 
 def _describe(view: View) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
 """A true Gaussian, as wide as published, with nothing lost at the border."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jemjax import augment
+from jemjax.augment import blur
 
 gaussian_blur = jax.jit(
     augment.gaussian_blur, static_argnames=("kernel_size", "padding")
@@ -69,3 +71,30 @@ def test_random_blur_of_the_given_share_by_different_amounts(key):
     assert lowest - 1e-6 <= peak[changed].min() < lowest + 0.02
     assert highest - 0.05 < peak[changed].max() <= highest + 1e-6
     np.testing.assert_array_equal(blurred[~changed], images[~changed])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_is_chosen_is_blurred_a_few_at_a_time(key, share, monkeypatch):
+    images = jax.random.uniform(key, (12, 10, 9, 3))
+    draws = jax.random.uniform(key, (blur.BLUR_DRAWS, 12))
+    options = {"sigma": (0.5, 2.0), "kernel_size": 5, "padding": "reflect"}
+
+    def one_by_one(images):
+        return blur.blur_by_draws(draws, images, probability=share, **options)
+
+    def at_once(images):
+        blurred = blur.blur_by_draws(draws, images, probability=1.0, **options)
+        return jnp.where(draws[0].reshape(-1, 1, 1, 1) < share, blurred, images)
+
+    def derivatives(blurred):
+        def weighted(images):
+            return jnp.vdot(jnp.sin(9 * blurred(images)), images)
+
+        return jax.value_and_grad(weighted)(images)
+
+    expected = at_once(images), derivatives(at_once)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for numbers in (1, 1000, 10**6):  # one image at a time, three, and all
+        monkeypatch.setattr(blur, "NUMBERS_AT_ONCE", numbers)
+        actual = one_by_one(images), derivatives(one_by_one)
+        chex.assert_trees_all_close(actual, expected, atol=1e-5)

@@ -210,11 +210,6 @@ def test_normalize_one_channel_by_the_mean_of_three(gray_images):
     )
 
 
-def _fused(images, jitter=None, grayed=None):
-    planes = color.fused_color(images.transpose(0, 1, 3, 2), jitter, grayed)
-    return planes.transpose(0, 1, 3, 2)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_fused_is_faithful_where_nothing_is_clipped(key, images, channels):
     images = 0.4 + 0.2 * images[..., :channels]
@@ -222,13 +217,17 @@ def test_fused_is_faithful_where_nothing_is_clipped(key, images, channels):
     jitter = random_jitter(key, len(images), **strengths, probability=0.8)
     assert len(set(_orders(jitter))) == 6
     faithful = color_jitter(key, images, **strengths, probability=0.8)
-    np.testing.assert_allclose(_fused(images, jitter), faithful, atol=2e-6)
+    np.testing.assert_allclose(
+        color.fused_color(images, jitter, None), faithful, atol=2e-6
+    )
     # And without color: the gray of that.
     grayed = np.arange(len(images)) % 2 == 0
     expected = np.where(
         grayed[:, None, None, None], augment.to_grayscale(faithful), faithful
     )
-    np.testing.assert_allclose(_fused(images, jitter, grayed), expected, atol=2e-6)
+    np.testing.assert_allclose(
+        color.fused_color(images, jitter, grayed), expected, atol=2e-6
+    )
 
 
 def test_fused_hue_is_that_of_hsv_for_thirds_of_a_turn(images):
@@ -240,7 +239,9 @@ def test_fused_hue_is_that_of_hsv_for_thirds_of_a_turn(images):
             np.zeros(len(images), np.float32),
         )
         expected = augment.adjust_hue(images, turns)
-        np.testing.assert_allclose(_fused(images, jitter), expected, atol=2e-6)
+        np.testing.assert_allclose(
+            color.fused_color(images, jitter, None), expected, atol=2e-6
+        )
 
 
 def test_fused_hue_comes_at_its_place(key, images):
@@ -249,6 +250,7 @@ def test_fused_hue_comes_at_its_place(key, images):
     jitter = random_jitter(key, len(images), **strengths, probability=1.0)
     thirds = jitter._replace(turns=np.sign(jitter.turns).astype(np.float32) / 3)
     assert {0, 1} <= set(np.asarray(thirds.place).tolist())
-    planes = images.transpose(0, 1, 3, 2)
-    expected = color.apply_jitter(planes, thirds).transpose(0, 1, 3, 2)
-    np.testing.assert_allclose(_fused(images, thirds), expected, atol=2e-6)
+    expected = color.apply_jitter(images, thirds)
+    np.testing.assert_allclose(
+        color.fused_color(images, thirds, None), expected, atol=2e-6
+    )

@@ -152,25 +152,23 @@ def test_flip_mirrors_about_the_given_share(key):
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(20, 150), (90, 70)])
-def test_of_large_images_what_has_a_weight_is_read(
-    key, size, method, antialias, monkeypatch
-):
+def test_products_mix_what_taps_do(key, size, method, antialias, monkeypatch):
     images = jax.random.uniform(key, (6, 90, 70, 3))
     boxes = random_boxes(key, 5, (90, 70), scale=(0.01, 1.0))
     boxes = np.concatenate([boxes, [[0, 0, 90, 70]]])
     options = {"method": method, "antialias": antialias}
-    read = crop_and_resize(images, boxes, size, **options)
-    monkeypatch.setattr(geometry, "LARGEST_PRODUCT", 100)
+    taps = crop_and_resize(images, boxes, size, **options)
+    monkeypatch.setattr(geometry, "mix_by_taps", geometry.mix_by_products)
     product = augment.crop_and_resize(images, boxes, size, **options)
-    np.testing.assert_allclose(read, product, atol=2e-5)
+    np.testing.assert_allclose(taps, product, atol=2e-5)
 
 
 @pytest.mark.parametrize("side", [12, 80])
 def test_a_crop_can_be_mirrored_on_the_way(key, side):
-    planes = jax.random.uniform(key, (8, side, 3, side))
+    images = jax.random.uniform(key, (8, side, side, 3))
     boxes = random_boxes(key, 8, (side, side), scale=(0.1, 1.0))
     mirrored = np.arange(8) % 2 == 0
-    plain = geometry.crop_planes(planes, boxes, (9, 10), "bicubic")
-    crops = geometry.crop_planes(planes, boxes, (9, 10), "bicubic", mirrored=mirrored)
-    expected = np.where(mirrored[:, None, None, None], plain[..., ::-1], plain)
+    plain = geometry.crop_boxes(images, boxes, (9, 10), "bicubic")
+    crops = geometry.crop_boxes(images, boxes, (9, 10), "bicubic", mirrored=mirrored)
+    expected = np.where(mirrored[:, None, None, None], plain[:, :, ::-1], plain)
     np.testing.assert_allclose(crops, expected, atol=1e-6)

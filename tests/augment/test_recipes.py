@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jemjax import augment, wire
 from jemjax.augment import color
 from jemjax.augment.geometry import boxes_of
-from jemjax.augment.inputs import example_keys, to_images, to_planes, uniforms
+from jemjax.augment.inputs import example_keys, to_floats, uniforms
 
 PARTS = ("crop", "flip", "jitter", "grayscale", "blur", "solarize")
 # All parts in one small view, of pixels in [0, 1].
@@ -402,7 +402,7 @@ def test_parts_are_applied_in_the_published_order(images, key):
             hue=view.hue,
             probability=view.jitter_probability,
         )
-        x = to_images(color.apply_jitter(to_planes(x), jitter))
+        x = color.apply_jitter(to_floats(x), jitter)
         x = jnp.where(grayscale < 0.5, augment.to_grayscale(x), x)
         sigma = 0.1 + 1.9 * sigma.ravel()
         blurred = augment.gaussian_blur(x, sigma, kernel_size=5)
@@ -432,7 +432,9 @@ def test_one_channel(images, key):
     assert augment.evaluation_view(gray, EVERYTHING).shape == (16, 12, 12, 1)
 
 
-def test_float32_under_strict_promotion_and_x64(images, key):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_float32_under_strict_promotion_and_x64(images, key, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     make = functools.partial(augment.make_views, recipe=EVERYTHING)
     with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
         (view,) = jax.eval_shape(make, key, images)
