@@ -382,7 +382,7 @@ def fused_color(
     Returns:
         (N, H, W, C) float32, not clipped.
     """
-    mean = jnp.mean(jnp.mean(images, axis=1), axis=1)  # (N, C)
+    mean = _mean(images)
     channels = mean.shape[1]
     luma = jnp.array(LUMA if channels == 3 else (1.0,), jnp.float32)
     to_gray = jnp.broadcast_to(luma, (channels, channels))
@@ -563,14 +563,13 @@ def _blends(
         elif name == "brightness":
             blends.append(_Blend(factor, 0.0, 0.0))
         elif name == "contrast":
-            mean = jnp.mean(images if own else gray, axis=(1, 2), keepdims=True)
+            mean = _mean(images if own else gray)[:, None, None]
             blends.append(_Blend(factor, mean, 0.0))
         elif images.shape[3] == 1:
             blends.append(_Blend(1.0, 0.0, 0.0))
         elif own:
             # At the same hue a saturation f S, at most 1, is a blend with the value.
-            value = jnp.max(images, axis=3, keepdims=True)
-            chroma = value - jnp.min(images, axis=3, keepdims=True)
+            value, chroma = _value_and_chroma(*_channels(images))
             most = value / jnp.where(chroma == 0, 1.0, chroma)
             blends.append(
                 _Blend(
@@ -586,11 +585,30 @@ def _clip(images: jax.Array) -> jax.Array:
     return jnp.clip(images, 0, 1)
 
 
+def _mean(images: jax.Array) -> jax.Array:
+    """Of each channel: (N, H, W, C) -> (N, C)."""
+    # In two steps, of which the first adds long runs of numbers.
+    return jnp.mean(jnp.mean(images, axis=1), axis=1)
+
+
+def _channels(images: jax.Array) -> list[jax.Array]:
+    """(N, H, W, C) -> C times (N, H, W, 1)."""
+    return jnp.split(images, images.shape[3], axis=3)
+
+
+def _value_and_chroma(
+    red: jax.Array, green: jax.Array, blue: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest channel, and by how much it is larger than the smallest."""
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    return value, value - jnp.minimum(jnp.minimum(red, green), blue)
+
+
 def _gray(images: jax.Array) -> jax.Array:
     """(N, H, W, C) -> (N, H, W, 1)."""
     if images.shape[3] == 1:
         return images
-    red, green, blue = images[..., :1], images[..., 1:2], images[..., 2:]
+    red, green, blue = _channels(images)
     return materialize(LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)
 
 
@@ -610,9 +628,8 @@ def _turn_hue(images: jax.Array, turns: jax.Array) -> jax.Array:
     largest - (largest - smallest) clip(min(k, 4 - k), 0, 1), k = (offset + h) mod 6,
     with the offset 5 for red, 3 for green and 1 for blue.
     """
-    red, green, blue = (images[..., i : i + 1] for i in range(3))  # (N, H, W, 1) each
-    largest = jnp.maximum(jnp.maximum(red, green), blue)
-    chroma = largest - jnp.minimum(jnp.minimum(red, green), blue)
+    red, green, blue = _channels(images)
+    largest, chroma = _value_and_chroma(red, green, blue)
     sector = jnp.where(
         largest == red,
         green - blue,
@@ -621,6 +638,7 @@ def _turn_hue(images: jax.Array, turns: jax.Array) -> jax.Array:
     offset = jnp.where(largest == red, 0.0, jnp.where(largest == green, 2.0, 4.0))
     hue = offset + sector / jnp.where(chroma == 0, 1.0, chroma) + 6 * turns
 
+    largest, chroma, hue = materialize((largest, chroma, hue))
     k = hue + jnp.array([5, 3, 1], jnp.float32)  # (N, H, W, 3)
     k = k - 6 * jnp.floor(k / 6)
     within = jnp.clip(jnp.minimum(k, 4 - k), 0, 1)

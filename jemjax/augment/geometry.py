@@ -310,7 +310,7 @@ def mix_by_taps(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
     Returns:
         (N, height, width, C) float32.
     """
-    rows, columns = materialize(rows), materialize(columns)
+    rows, columns = materialize((rows, columns))
     images = materialize(_mix(images, rows, axis=1))
     return materialize(_mix(images, columns, axis=2))
 
@@ -320,11 +320,10 @@ def mix_by_products(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
 
     At full precision, or the pixels would be those of another image on a TPU.
     """
-    highest = lax.Precision.HIGHEST
     _, height, width, _ = images.shape
-    rows, columns = _matrix(rows, height), _matrix(columns, width)
-    mixed = jnp.einsum("nyh,nhwc->nywc", rows, images, precision=highest)
-    return jnp.einsum("nywc,nxw->nyxc", mixed, columns, precision=highest)
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    mixed = product("nyh,nhwc->nywc", _matrix(rows, height), images)
+    return product("nywc,nxw->nyxc", mixed, _matrix(columns, width))
 
 
 def _mix(images: jax.Array, taps: Taps, axis: int) -> jax.Array:

@@ -2,13 +2,15 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 CHANNELS = (1, 3)
+
+Arrays = TypeVar("Arrays")  # an array, or a tuple of them
 
 
 def to_floats(images: Any) -> jax.Array:
@@ -42,13 +44,13 @@ def to_floats(images: Any) -> jax.Array:
     return jnp.asarray(images).astype(jnp.float32) / scale
 
 
-def materialize(images: jax.Array) -> jax.Array:
-    """Has an array computed once, although what follows reads it several times.
+def materialize(arrays: Arrays) -> Arrays:
+    """Has arrays computed once, although what follows reads them several times.
 
     Gray needs each channel of a pixel, and each channel then needs gray: left to fuse
     a chain of such operations, XLA computes the first again for every use in the last.
     """
-    return lax.optimization_barrier(images)
+    return lax.optimization_barrier(arrays)
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:
