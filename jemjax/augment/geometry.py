@@ -214,7 +214,7 @@ def crop_boxes(
         mirrored: (N,) bool.
 
     Returns:
-        (N, height, C, width) float32.
+        (N, height, width, C) float32.
     """
     _, height, width, _ = images.shape
     weigh = _antialiased if antialias else _interpolating
@@ -240,7 +240,7 @@ def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
         method: "bilinear" or "bicubic".
 
     Returns:
-        (N, size, C, size) float32: the images themselves if they have this size.
+        (N, size, size, C) float32: the images themselves if they have this size.
     """
     count, height, width, _ = images.shape
     if (height, width) == (size, size):

@@ -400,7 +400,7 @@ def _problems(
             f" {examples} images: choose {examples} or fewer"
         )
     elif config.batch_size is not None and config.accumulate > 0:
-        problem = _batch_problem(config.batch_size, num_devices, config.accumulate)
+        problem = batch_problem(config.batch_size, num_devices, config.accumulate)
         if problem:
             yield problem
     if options.schedule == "epochs" and options.warmup_epochs:
@@ -416,7 +416,7 @@ def _problems(
             )
 
 
-def _batch_problem(batch_size: int, num_devices: int, accumulate: int) -> str | None:
+def batch_problem(batch_size: int, num_devices: int, accumulate: int) -> str | None:
     """What is wrong with dividing a batch, in a sentence."""
     if batch_size % (num_devices * accumulate) == 0:
         return None

@@ -13,6 +13,7 @@ from jemjax.data import batches
 from jemjax.errors import UserError
 from jemjax.runtime import quick_compilation
 from jemjax.training.checkpoints import Checkpoints
+from jemjax.training.config import batch_problem
 from jemjax.training.inputs import open_source
 from jemjax.training.metrics import Display
 from jemjax.training.output import load_config
@@ -66,6 +67,10 @@ def replay(
         )
     if not (config.steps and 1 <= number <= config.steps):
         raise UserError(f"--step: got {number}, expected 1 to {config.steps}")
+    assert config.batch_size
+    problem = batch_problem(config.batch_size, jax.device_count(), config.accumulate)
+    if problem:
+        raise UserError(f"{folder}: {problem}: use as many as the run did")
     source = open_source(config.data, "train", config, display)
     run = rebuild(config, source)
     state, before = _nearest(run, folder, number - 1, display.say)
@@ -73,7 +78,6 @@ def replay(
         f"step {number} of {folder}: from the state after step {before},"
         f" {number - 1 - before} steps are taken again first"
     )
-    assert config.batch_size
     stream = batches(
         source,
         batch_size=config.batch_size,

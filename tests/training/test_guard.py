@@ -29,6 +29,7 @@ from jemjax.training.features import Embedder
 from jemjax.training.loop import explaining_memory, pretrain
 from jemjax.training.mesh import make_mesh, to_devices
 from jemjax.training.metrics import Display, read_metrics
+from jemjax.training.output import write_config
 from jemjax.training.replay import find, replay
 from jemjax.training.run import build
 from jemjax.training.skipped import SkippedSteps, skipped_step
@@ -182,6 +183,15 @@ def test_a_skipped_step_is_counted_kept_and_found_again(poisoned, tmp_path, caps
     assert "all numbers are finite" in capsys.readouterr().out
     with pytest.raises(UserError, match="--step: got 13, expected 1 to 12"):
         replay(folder, step=13)
+
+
+def test_devices_that_do_not_divide_the_batch_replay_nothing(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    write_config(_config(tmp_path), tmp_path / "run")
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    problem = "--batch-size: got 16, expected a multiple of the 3 devices"
+    with pytest.raises(UserError, match=problem):
+        replay(tmp_path / "run", step=2)
 
 
 def test_after_some_in_a_row_a_run_stops_with_its_last_good_state(poisoned, tmp_path):
