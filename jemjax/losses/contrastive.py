@@ -32,6 +32,9 @@ Scalar = float | jax.Array
 # quotient of two sums of them overflows.
 _WARM = 0.03
 
+# Cosines with a queue that are computed at once: 4 MiB in float32.
+_BLOCK = 2**20
+
 
 def nt_xent(
     x: jax.Array,
@@ -124,7 +127,7 @@ def info_nce(
     arrays = {"query": (query, "ND"), "key": (key, "ND")}
     if queue is not None:
         arrays["queue"] = (queue, "QD")
-    q, k, *queues = check_arrays(axis_name, min_batch=2, **arrays)
+    q, k, *_ = check_arrays(axis_name, min_batch=2, **arrays)
     temperature = check_number(
         "temperature", temperature, exclusive=True, dtype=q.dtype
     )
@@ -132,17 +135,16 @@ def info_nce(
         k = lax.stop_gradient(k)
     q = numerics.normalize_rows(q, query.dtype)
     k = numerics.normalize_rows(k, key.dtype)
-    if queues:
+    if queue is not None:
         positive = jnp.sum(q * k, axis=1)  # (N,)
-        earlier = gather(lax.stop_gradient(queues[0]), None)
-        cosines = row_products(q, earlier)  # (N, Q)
-        # A product of -inf would be a share of 0, and so be hidden.
-        cosines = jnp.where(jnp.isfinite(cosines), cosines, jnp.nan)
-        # Shifted by the largest, the sum is at least 1, however long the queue's rows.
-        largest = lax.stop_gradient(jnp.max(cosines, axis=1))
-        shares = jnp.exp((cosines - largest[:, None]) / temperature)
-        others = jnp.log(jnp.sum(shares, axis=1))
-        losses = jax.nn.softplus(others + (largest - positive) / temperature)
+        earlier = gather(lax.stop_gradient(jnp.asarray(queue)), None)
+        temperature = jnp.asarray(temperature, q.dtype)
+        # Keys that the partitioner may have sharded, out of sight, are not cut.
+        local = axis_name is not None or jax.device_count() == 1
+        keys = _keys_together(len(q), len(earlier)) if local else len(earlier)
+        losses = jax.nn.softplus(
+            _others_over_own(q, positive, earlier, temperature, keys)
+        )
     else:
         cosines = row_products(q, gather(k, axis_name))  # (N, N_global)
         own = _own_columns(q, cosines.shape[1], axis_name)
@@ -201,6 +203,63 @@ def _value_and_gradients(u, v, temperature, axis_name):
         ]
 
     return value, gradients
+
+
+# The softmax over the queue is never formed: its mean key is all that derivatives need.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _others_over_own(q, positive, queue, temperature, together):
+    """log(sum_m exp(<q, queue_m> / T) / exp(positive / T)): (N,)."""
+    value, _ = _others_and_mean(q, positive, queue, temperature, together)
+    return value
+
+
+@_others_over_own.defjvp
+def _others_over_own_jvp(together, primals, tangents):
+    q, positive, _, temperature = primals
+    of_q, of_positive, _, of_temperature = tangents  # the queue is a constant
+    value, mean = _others_and_mean(*primals, together)
+    along = jnp.sum(mean * of_q, axis=1) - of_positive
+    warming = (positive - jnp.sum(mean * q, axis=1)) * (of_temperature / temperature)
+    return value, (along + warming) / temperature
+
+
+def _others_and_mean(q, positive, queue, temperature, together):
+    """The value of `_others_over_own`, and the mean key under the softmax, (N, D).
+
+    So many keys `together` are read at once, as they are given: a copy in float32 is
+    made of those alone.
+    """
+
+    def of_block(first):
+        keys = lax.dynamic_slice_in_dim(queue, first, together).astype(q.dtype)
+        cosines = row_products(q, keys)  # (N, together)
+        # A product of -inf would be a share of 0, and so be hidden.
+        cosines = jnp.where(jnp.isfinite(cosines), cosines, jnp.nan)
+        # Shifted by the largest, the sum is at least 1, however long the queue's rows.
+        largest = lax.stop_gradient(jnp.max(cosines, axis=1))
+        shares = jnp.exp((cosines - largest[:, None]) / temperature)
+        return largest, jnp.sum(shares, axis=1), row_products(shares, keys.T)
+
+    def add(before, first):
+        largest, total, keys = before
+        largest_here, total_here, keys_here = of_block(first)
+        top = jnp.maximum(largest, largest_here)
+        old = jnp.exp((largest - top) / temperature)
+        new = jnp.exp((largest_here - top) / temperature)
+        total = old * total + new * total_here
+        keys = old[:, None] * keys + new[:, None] * keys_here
+        return (top, total, keys), None
+
+    starts = jnp.arange(together, len(queue), together, dtype=jnp.int32)
+    (top, total, keys), _ = lax.scan(add, of_block(0), starts)
+    return jnp.log(total) + (top - positive) / temperature, keys / total[:, None]
+
+
+def _keys_together(rows, keys):
+    """The keys of a block, of at most `_BLOCK` cosines; all if none divides well."""
+    fitting = max(1, _BLOCK // rows)
+    most = max(n for n in range(1, min(keys, fitting) + 1) if keys % n == 0)
+    return most if 8 * most >= min(keys, fitting) else keys
 
 
 def _stacked(u, v, axis_name):
