@@ -12,7 +12,6 @@ import numpy as np
 from jemjax.augment.inputs import (
     check_number,
     example_keys,
-    happens,
     is_number,
     materialize,
     per_example,
@@ -153,8 +152,7 @@ def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array
     Raises:
         ValueError: for wrong shapes, or a threshold out of range.
     """
-    images = to_floats(images)
-    return _solarize(images, threshold)
+    return _solarize(to_floats(images), threshold)
 
 
 def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
@@ -196,7 +194,7 @@ def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
 
 
 def normalize_floats(images: jax.Array, mean: Any, std: Any) -> jax.Array:
-    """`normalize` of (N, H, W, C) float32, in that order."""
+    """`normalize` of (N, H, W, C) float32."""
     if not np.all(np.asarray(std) > 0):
         raise ValueError(f"std: got {std}, expected numbers > 0")
     channels = images.shape[3]
@@ -387,7 +385,8 @@ def fused_color(
     luma = jnp.array(LUMA if channels == 3 else (1.0,), jnp.float32)
     to_gray = jnp.broadcast_to(luma, (channels, channels))
     # The last column is the offset: (N, C, C + 1).
-    mixture = jnp.tile(jnp.eye(channels, channels + 1), (len(mean), 1, 1))
+    mixture = jnp.eye(channels, channels + 1, dtype=jnp.float32)
+    mixture = jnp.tile(mixture, (len(mean), 1, 1))
     if jitter is not None:
         mixture = _jitter_mixture(mixture, jitter, mean, to_gray)
     if grayed is not None:
@@ -405,7 +404,7 @@ def _jitter_mixture(
 ) -> jax.Array:
     """What `jitter` makes of a pixel: (N, C, C + 1), matrix and offset, to the same."""
     channels = len(to_gray)
-    identity = jnp.eye(channels)
+    identity = jnp.eye(channels, dtype=jnp.float32)
 
     def blend_slot(mixture, slot, enabled):
         matrix, offset = mixture[..., :channels], mixture[..., channels:]
@@ -444,10 +443,11 @@ def _times(matrices: jax.Array, others: jax.Array) -> jax.Array:
 def _rotation(turns: jax.Array) -> jax.Array:
     """About the axis of the grays, by Rodrigues' formula: (N,) -> (N, 3, 3)."""
     angle = (2 * math.pi * turns)[:, None, None]
-    mean = jnp.full((3, 3), 1 / 3)
+    mean = np.full((3, 3), 1 / 3, np.float32)
     # Of red to green to blue.
-    across = jnp.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    return jnp.cos(angle) * (jnp.eye(3) - mean) + mean + jnp.sin(angle) * across
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / math.sqrt(3)
+    rest = np.eye(3, dtype=np.float32) - mean
+    return jnp.cos(angle) * rest + mean + jnp.sin(angle) * across.astype(np.float32)
 
 
 def random_grayscale(
@@ -473,7 +473,7 @@ def random_grayscale(
 
 
 def gray_where(images: jax.Array, grayed: jax.Array) -> jax.Array:
-    """Removes color where `grayed` (N,): (N, H, W, C) as it is."""
+    """Removes the color of (N, H, W, C) where `grayed` (N,)."""
     return jnp.where(grayed.reshape(-1, 1, 1, 1), _remove_color(images), images)
 
 
@@ -509,7 +509,7 @@ def solarize_by_draws(
     """`random_solarize` of (N, H, W, C) float32 by (N,) uniform numbers."""
     probability = check_number("probability", probability, 0, 1)
     inverted = _solarize(images, threshold)
-    return jnp.where(happens(chance, probability), inverted, images)
+    return jnp.where((chance < probability).reshape(-1, 1, 1, 1), inverted, images)
 
 
 def _adjust(

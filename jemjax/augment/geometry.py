@@ -13,7 +13,6 @@ from jemjax.augment.inputs import (
     check_range,
     check_size,
     example_keys,
-    happens,
     materialize,
     to_floats,
     uniforms,
@@ -24,8 +23,8 @@ Method = Literal["bilinear", "bicubic"]
 TRIES = 10  # boxes that are drawn before the centered one is taken
 # Uniform numbers for a box: area and aspect of each try, and the place.
 BOX_DRAWS = 2 * TRIES + 2
-# Up to this side rows and columns are mixed by products with whole matrices, but on
-# CPUs; of larger images only the pixels that have a weight are read.
+# Except on CPUs, images up to this side are mixed by products with whole matrices; of
+# all others only the pixels that have a weight are read. A guess: no chip was timed.
 LARGEST_PRODUCT = 64
 
 
@@ -189,7 +188,7 @@ class Taps(NamedTuple):
     """Which pixels of an axis an output pixel is a mixture of: T of them."""
 
     sources: jax.Array
-    """(N, out, T) numbers of pixels, int32"""
+    """(N, out, T) indices of pixels, int32"""
     weights: jax.Array
     """(N, out, T), sums 1"""
 
@@ -268,11 +267,11 @@ def random_flip(
     images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
     (chance,) = uniforms(example_keys(key, len(images)), 1)
-    return mirror_where(images, happens(chance, probability))
+    return mirror_where(images, chance < probability)
 
 
 def mirror_where(images: jax.Array, mirrored: jax.Array | None) -> jax.Array:
-    """Mirrors left to right where `mirrored` (N,), if any: (N, H, W, C) as it is."""
+    """Mirrors (N, H, W, C) left to right where `mirrored` (N,), if any."""
     if mirrored is None:
         return images
     return jnp.where(mirrored.reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
@@ -300,7 +299,7 @@ def _fallback_box(
 
 
 def mix_by_taps(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
-    """Mixes the rows and the columns of each image, and reads what has a weight.
+    """Mixes rows and columns of each image, reading only pixels that have a weight.
 
     Args:
         images: (N, H, W, C) float32.
@@ -329,13 +328,13 @@ def mix_by_products(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
 def _mix(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
     """Mixes the rows of each image, axis 1, or its columns, axis 2."""
     beside = (2, 3) if axis == 1 else (1, 3)
+
     # Rows are read in long runs. Of columns each pixel is told where to read, or XLA on
     # CPUs gathers whole columns, and transposes what it has.
-    told = images.shape[:2] + (taps.sources.shape[1], 1)
-
     def part(tap):
         sources = jnp.expand_dims(taps.sources[..., tap], beside)
         if axis == 2:
+            told = (*images.shape[:2], sources.shape[2], 1)
             sources = jnp.broadcast_to(sources, told)
         read = jnp.take_along_axis(images, sources, axis, mode="promise_in_bounds")
         return jnp.expand_dims(taps.weights[..., tap], beside) * read
@@ -353,7 +352,7 @@ def _matrix(taps: Taps, pixels: int) -> jax.Array:
 def _antialiased(
     start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
 ) -> Taps:
-    """Those under a kernel as wide as an output pixel, of boxes inside the image."""
+    """The taps under a kernel as wide as an output pixel, of boxes inside the image."""
     if method == "bilinear" and pixels <= out:
         # No box shrinks. The triangle that the border cuts is one pixel, whole again.
         return _interpolating(start, extent, pixels, out, method)
@@ -374,7 +373,7 @@ def _antialiased(
 def _interpolating(
     start: jax.Array, extent: jax.Array, pixels: int, out: int, method: Method
 ) -> Taps:
-    """The nearest 2 or 4, the border of the box repeated."""
+    """The nearest 2 or 4 pixels as taps, the border of the box repeated."""
     start, extent = start[:, None, None], extent[:, None, None]
     centers = (_numbers(out)[:, None] + 0.5) * (extent / out) - 0.5  # in the box
     taps = _numbers(2) if method == "bilinear" else _numbers(4) - 1

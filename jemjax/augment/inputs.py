@@ -192,8 +192,3 @@ def uniforms(keys: jax.Array, count: int) -> jax.Array:
     """Numbers in [0, 1) for each example: (N,) keys -> (count, N) float32."""
     draw = jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))
     return draw(keys).T
-
-
-def happens(uniform: jax.Array, probability: Any) -> jax.Array:
-    """Whether a random operation is applied to each image: (N,) -> (N, 1, 1, 1)."""
-    return (uniform < probability).reshape(-1, 1, 1, 1)

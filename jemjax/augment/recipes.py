@@ -322,7 +322,7 @@ def _mirrored(draws: dict[str, jax.Array], view: View) -> jax.Array | None:
 def _finish_view(
     draws: dict[str, jax.Array], images: jax.Array, view: View
 ) -> jax.Array:
-    """What comes after the crop: (N, S, S, C) as it is, normalized."""
+    """What comes after the crop, normalization included: (N, S, S, C) to the same."""
     jitter = grayed = None
     if view.jitter_probability > 0:
         jitter = random_jitter(

@@ -215,9 +215,9 @@ def _others_over_own(q, positive, queue, temperature, together):
 
 @_others_over_own.defjvp
 def _others_over_own_jvp(together, primals, tangents):
-    q, positive, _, temperature = primals
+    q, positive, queue, temperature = primals
     of_q, of_positive, _, of_temperature = tangents  # the queue is a constant
-    value, mean = _others_and_mean(*primals, together)
+    value, mean = _others_and_mean(q, positive, queue, temperature, together)
     along = jnp.sum(mean * of_q, axis=1) - of_positive
     warming = (positive - jnp.sum(mean * q, axis=1)) * (of_temperature / temperature)
     return value, (along + warming) / temperature

@@ -70,7 +70,9 @@ def replay(
     assert config.batch_size
     problem = batch_problem(config.batch_size, jax.device_count(), config.accumulate)
     if problem:
-        raise UserError(f"{folder}: {problem}: use as many as the run did")
+        raise UserError(
+            f"{folder}: {problem}: use as many as the run did, or others that divide it"
+        )
     source = open_source(config.data, "train", config, display)
     run = rebuild(config, source)
     state, before = _nearest(run, folder, number - 1, display.say)

@@ -34,7 +34,6 @@ def test_the_kernel_is_gaussian():
     np.testing.assert_allclose(blurred, np.outer(weights, weights), atol=1e-6)
 
 
-# Of one piece, and of several, the last of them smaller than the kernel.
 @pytest.mark.parametrize("size", [(7, 9), (65, 34)])
 @pytest.mark.parametrize("padding", ["reflect", "zero"])
 def test_padding(key, padding, size):
@@ -73,16 +72,17 @@ def test_random_blur_of_the_given_share_by_different_amounts(key):
     np.testing.assert_array_equal(blurred[~changed], images[~changed])
 
 
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_what_is_chosen_is_blurred_a_few_at_a_time(key, share, monkeypatch):
+def test_what_is_chosen_is_blurred_in_turns(key, share, padding, monkeypatch):
     images = jax.random.uniform(key, (12, 10, 9, 3))
     draws = jax.random.uniform(key, (blur.BLUR_DRAWS, 12))
-    options = {"sigma": (0.5, 2.0), "kernel_size": 5, "padding": "reflect"}
+    options = {"sigma": (0.5, 2.0), "kernel_size": 5, "padding": padding}
 
-    def one_by_one(images):
+    def some(images):
         return blur.blur_by_draws(draws, images, probability=share, **options)
 
-    def at_once(images):
+    def all_of_them(images):
         blurred = blur.blur_by_draws(draws, images, probability=1.0, **options)
         return jnp.where(draws[0].reshape(-1, 1, 1, 1) < share, blurred, images)
 
@@ -92,9 +92,45 @@ def test_what_is_chosen_is_blurred_a_few_at_a_time(key, share, monkeypatch):
 
         return jax.value_and_grad(weighted)(images)
 
-    expected = at_once(images), derivatives(at_once)
+    expected = all_of_them(images), derivatives(all_of_them)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for numbers in (1, 1000, 10**6):  # one image at a time, three, and all
-        monkeypatch.setattr(blur, "NUMBERS_AT_ONCE", numbers)
-        actual = one_by_one(images), derivatives(one_by_one)
+    for numbers in (1, 1000, 10**6):  # an image in a turn, three, and all
+        monkeypatch.setattr(blur, "NUMBERS_BLURRED_AT_ONCE", numbers)
+        assert "while" in str(jax.make_jaxpr(some)(images))
+        actual = some(images), derivatives(some)
         chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+def test_a_call_without_jit_compiles_once(key, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    images = jax.random.uniform(key, (4, 6, 6, 1))
+    augment.random_gaussian_blur(key, images, probability=0.5)
+    compiled = blur._blur_where._cache_size()
+    augment.random_gaussian_blur(key, images, probability=0.5)
+    assert blur._blur_where._cache_size() == compiled
+
+
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
+@pytest.mark.parametrize("size", [(1, 5), (4, 1), (6, 7)])
+def test_a_kernel_of_one_pixel_changes_nothing(key, size, padding):
+    images = jax.random.uniform(key, (2, *size, 3))
+    blurred = augment.gaussian_blur(images, 1.5, kernel_size=1, padding=padding)
+    np.testing.assert_allclose(blurred, images, atol=1e-7)
+
+
+def test_blur_in_turns_inside_shard_map_of_images_that_all_shards_have(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    images = jax.random.uniform(jax.random.key(1), (4, 6, 6, 1))
+    keys = jax.random.split(jax.random.key(2), 8)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def of_shard(key, images):
+        return augment.random_gaussian_blur(key[0], images, probability=0.5)
+
+    specs = jax.P("data"), jax.P()
+    sharded = jax.shard_map(
+        of_shard, mesh=mesh, in_specs=specs, out_specs=jax.P("data")
+    )
+    blurred = jax.jit(sharded)(keys, images)
+    expected = jnp.concatenate([of_shard(key[None], images) for key in keys])
+    np.testing.assert_allclose(blurred, expected, atol=1e-6)

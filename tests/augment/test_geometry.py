@@ -163,10 +163,9 @@ def test_products_mix_what_taps_do(key, size, method, antialias, monkeypatch):
     np.testing.assert_allclose(taps, product, atol=2e-5)
 
 
-@pytest.mark.parametrize("side", [12, 80])
-def test_a_crop_can_be_mirrored_on_the_way(key, side):
-    images = jax.random.uniform(key, (8, side, side, 3))
-    boxes = random_boxes(key, 8, (side, side), scale=(0.1, 1.0))
+def test_a_crop_can_be_mirrored_on_the_way(key):
+    images = jax.random.uniform(key, (8, 12, 12, 3))
+    boxes = random_boxes(key, 8, (12, 12), scale=(0.1, 1.0))
     mirrored = np.arange(8) % 2 == 0
     plain = geometry.crop_boxes(images, boxes, (9, 10), "bicubic")
     crops = geometry.crop_boxes(images, boxes, (9, 10), "bicubic", mirrored=mirrored)

@@ -323,12 +323,12 @@ def _mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-@pytest.mark.parametrize("side", [16, 80])  # all pixels, or those that have a weight
-def test_views_do_not_depend_on_the_number_of_devices(images, side, key):
-    mesh = _mesh()
-    images = np.resize(images, (16, side, side + 2, 3))
-    expected = make_views(key, images, EVERYTHING)
-    rows = NamedSharding(mesh, P("data"))
+def test_views_do_not_depend_on_the_number_of_devices(images, key, monkeypatch):
+    with monkeypatch.context() as alone:
+        alone.setattr(jax, "device_count", lambda: 1)
+        make = functools.partial(augment.make_views, recipe=EVERYTHING)
+        expected = jax.jit(make)(key, images)
+    rows = NamedSharding(_mesh(), P("data"))
     sharded = jax.device_put(images, rows)
     program = make_views.lower(key, sharded, EVERYTHING).compile()
     views = program(key, sharded)
@@ -432,10 +432,14 @@ def test_one_channel(images, key):
     assert augment.evaluation_view(gray, EVERYTHING).shape == (16, 12, 12, 1)
 
 
+@pytest.mark.parametrize("color", ["faithful", "fused"])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_float32_under_strict_promotion_and_x64(images, key, devices, monkeypatch):
+def test_float32_under_strict_promotion_and_x64(
+    images, key, devices, color, monkeypatch
+):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    make = functools.partial(augment.make_views, recipe=EVERYTHING)
+    view = dataclasses.replace(EVERYTHING.views[0], color=color)
+    make = functools.partial(augment.make_views, recipe=augment.ViewRecipe((view,)))
     with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
         (view,) = jax.eval_shape(make, key, images)
     assert view.dtype == jnp.float32
