@@ -80,7 +80,9 @@ def test_a_predictor_of_the_online_branch_only(name):
     assert "predictor" not in shapes[0].target_params
 
 
-@pytest.mark.parametrize("name", ["simsiam", "vicreg"])
+@pytest.mark.parametrize(
+    "name", ["simsiam", pytest.param("vicreg", marks=pytest.mark.slow)]
+)
 def test_stopping_the_gradient_changes_the_gradient_and_not_the_loss(name):
     metrics = []
     for target in ("shared", "stop-gradient"):

@@ -94,6 +94,7 @@ def test_evaluate_repeats_the_final_figures(finished):
         assert again[protocol] == pytest.approx(_results(folder)[protocol])
 
 
+@pytest.mark.slow
 def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
     folder = tmp_path / "run"
     options = [*TINY[1:], "--steps=3", "--final-examples=200", f"--output={folder}"]

@@ -43,6 +43,11 @@ from jemjax.training.step import Branches, Statistics
 METHODS = pytest.mark.parametrize("name", TINY)
 
 
+def _slow(*names):
+    """Parameters of a test that are left to those who run the slow ones."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def _paths(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -88,7 +93,7 @@ def _check_same(run, other, rounding=()):
             assert difference <= 1e-4 * np.linalg.norm(leaf), (field, path)
 
 
-@pytest.mark.parametrize("name", ["vicreg", "swav", "dino", "moco"])
+@pytest.mark.parametrize("name", [*_slow("vicreg", "swav"), "dino", "moco"])
 def test_one_and_eight_devices_take_the_same_steps(name):
     # Past the first epoch, in which prototypes stand still and the queue is not used.
     _check_same(setup_of(name).run(8), setup_of(name, 8).run(8), ROUNDING.get(name, ()))
@@ -151,7 +156,7 @@ def _check_parts(name, devices, parts):
 
 
 # A statistic of the batch, a queue that is balanced with it, and masked patches.
-@pytest.mark.parametrize("name", ["vicreg", "swav", "data2vec"])
+@pytest.mark.parametrize("name", ["vicreg", *_slow("swav", "data2vec")])
 def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(name):
     _check_parts(name, 2, 4)
 
@@ -179,6 +184,7 @@ def test_the_mean_over_parts_would_be_another_loss(key):
     assert abs(np.mean(parts) - whole) > 0.1 * whole
 
 
+@pytest.mark.slow
 def test_batch_normalization_sees_the_parts_on_any_number_of_devices():
     one, eight = (setup_of("vicreg", n, accumulate=2) for n in (1, 8))
     _check_same(one.run(4), eight.run(4), ROUNDING["vicreg"])
@@ -290,7 +296,9 @@ def test_a_mesh_has_host_after_host_wherever_their_chips_are(monkeypatch):
 
 
 # MoCo has a queue and a target: all that a state can hold.
-@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("devices", "fsdp"), [(1, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_of_eight_devices_continues_on_fewer(devices, fsdp, tmp_path):
     eight, fewer = setup_of("moco", 8), setup_of("moco", devices, fsdp=fsdp)
     undisturbed = setup_of("moco").run(8)
@@ -329,7 +337,11 @@ def test_cropping_large_images_sends_nothing():
     assert found and found == wire.collectives(setup.compiled)
 
 
-@METHODS
+# A center and a target, and a queue: all that a state can hold.
+@pytest.mark.parametrize(
+    "name",
+    ["dino", "moco", *_slow(*(name for name in TINY if name not in ("dino", "moco")))],
+)
 def test_a_resumed_run_ends_in_the_same_bytes(name, tmp_path):
     setup = setup_of(name)
     undisturbed, _ = setup.steps(setup.init(), range(8))
