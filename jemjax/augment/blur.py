@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from jemjax.augment.inputs import (
     check_number,
@@ -112,8 +113,10 @@ def blur_by_draws(
     sigmas = (smallest + (largest - smallest) * amount)[:, None, None]
     smaller_side = min(images.shape[1:3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
-    # A loop over images that lie on several devices would send them around.
-    in_turns = jax.device_count() == 1
+    # A loop over images that lie on several devices would send them around, and is
+    # refused where a mesh is Explicit, even of one device.
+    explicit = AxisType.Explicit in jax.typeof(images).sharding.mesh.axis_types
+    in_turns = jax.device_count() == 1 and not explicit
     return _blur_where(
         materialize(images),
         sigmas,

@@ -32,7 +32,7 @@ Scalar = float | jax.Array
 # quotient of two sums of them overflows.
 _WARM = 0.03
 
-# Cosines with a queue that are computed at once: 4 MiB in float32.
+# Cosines with a queue that are computed at once, in a CPU's cache: 4 MiB in float32.
 _BLOCK = 2**20
 
 
@@ -141,9 +141,9 @@ def info_nce(
         temperature = jnp.asarray(temperature, q.dtype)
         # Keys that the partitioner may have sharded, out of sight, are not cut.
         local = axis_name is not None or jax.device_count() == 1
-        keys = _keys_together(len(q), len(earlier)) if local else len(earlier)
+        block_size = max(1, _BLOCK // len(q)) if local else len(earlier)
         losses = jax.nn.softplus(
-            _others_over_own(q, positive, earlier, temperature, keys)
+            _log_others_over_own(q, positive, earlier, temperature, block_size)
         )
     else:
         cosines = row_products(q, gather(k, axis_name))  # (N, N_global)
@@ -207,59 +207,66 @@ def _value_and_gradients(u, v, temperature, axis_name):
 
 # The softmax over the queue is never formed: its mean key is all that derivatives need.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _others_over_own(q, positive, queue, temperature, together):
+def _log_others_over_own(q, positive, queue, temperature, block_size):
     """log(sum_m exp(<q, queue_m> / T) / exp(positive / T)): (N,)."""
-    value, _ = _others_and_mean(q, positive, queue, temperature, together)
+    value, _ = _log_others_and_mean_key(q, positive, queue, temperature, block_size)
     return value
 
 
-@_others_over_own.defjvp
-def _others_over_own_jvp(together, primals, tangents):
+@_log_others_over_own.defjvp
+def _log_others_over_own_jvp(block_size, primals, tangents):
     q, positive, queue, temperature = primals
-    of_q, of_positive, _, of_temperature = tangents  # the queue is a constant
-    value, mean = _others_and_mean(q, positive, queue, temperature, together)
-    along = jnp.sum(mean * of_q, axis=1) - of_positive
-    warming = (positive - jnp.sum(mean * q, axis=1)) * (of_temperature / temperature)
-    return value, (along + warming) / temperature
+    q_dot, positive_dot, _, temperature_dot = tangents  # the queue is a constant
+    value, mean_key = _log_others_and_mean_key(
+        q, positive, queue, temperature, block_size
+    )
+    of_cosines = jnp.sum(mean_key * q_dot, axis=1) - positive_dot
+    difference = positive - jnp.sum(mean_key * q, axis=1)
+    of_temperature = difference * (temperature_dot / temperature)
+    return value, (of_cosines + of_temperature) / temperature
 
 
-def _others_and_mean(q, positive, queue, temperature, together):
-    """The value of `_others_over_own`, and the mean key under the softmax, (N, D).
+# Compiled by itself, or each call outside of `jit` would compile the loop anew.
+@functools.partial(jax.jit, static_argnames="block_size")
+def _log_others_and_mean_key(q, positive, queue, temperature, block_size):
+    """The value of `_log_others_over_own`, and the softmax's mean of the keys, (N, D).
 
-    So many keys `together` are read at once, as they are given: a copy in float32 is
-    made of those alone.
+    The queue is read as it is given, a block at a time, of which alone there is a copy
+    in float32.
     """
 
-    def of_block(first):
-        keys = lax.dynamic_slice_in_dim(queue, first, together).astype(q.dtype)
-        cosines = row_products(q, keys)  # (N, together)
+    def of_block(first, size):
+        keys = lax.dynamic_slice_in_dim(queue, first, size).astype(q.dtype)
+        cosines = row_products(q, keys)  # (N, size)
         # A product of -inf would be a share of 0, and so be hidden.
         cosines = jnp.where(jnp.isfinite(cosines), cosines, jnp.nan)
         # Shifted by the largest, the sum is at least 1, however long the queue's rows.
         largest = lax.stop_gradient(jnp.max(cosines, axis=1))
         shares = jnp.exp((cosines - largest[:, None]) / temperature)
-        return largest, jnp.sum(shares, axis=1), row_products(shares, keys.T)
+        total = jnp.sum(shares, axis=1)
+        return largest, total, row_products(shares / total[:, None], keys.T)
 
     def add(before, first):
-        largest, total, keys = before
-        largest_here, total_here, keys_here = of_block(first)
-        top = jnp.maximum(largest, largest_here)
-        old = jnp.exp((largest - top) / temperature)
-        new = jnp.exp((largest_here - top) / temperature)
-        total = old * total + new * total_here
-        keys = old[:, None] * keys + new[:, None] * keys_here
-        return (top, total, keys), None
+        largest, total, mean_key = before
+        block_largest, block_total, block_mean_key = of_block(first, block_size)
+        top = jnp.maximum(largest, block_largest)
+        total = total * jnp.exp((largest - top) / temperature)
+        block_total = block_total * jnp.exp((block_largest - top) / temperature)
+        sum_of_both = total + block_total
+        mean_key = (total / sum_of_both)[:, None] * mean_key + (
+            block_total / sum_of_both
+        )[:, None] * block_mean_key
+        return (top, sum_of_both, mean_key), None
 
-    starts = jnp.arange(together, len(queue), together, dtype=jnp.int32)
-    (top, total, keys), _ = lax.scan(add, of_block(0), starts)
-    return jnp.log(total) + (top - positive) / temperature, keys / total[:, None]
-
-
-def _keys_together(rows, keys):
-    """The keys of a block, of at most `_BLOCK` cosines; all if none divides well."""
-    fitting = max(1, _BLOCK // rows)
-    most = max(n for n in range(1, min(keys, fitting) + 1) if keys % n == 0)
-    return most if 8 * most >= min(keys, fitting) else keys
+    # The first block has what is left over.
+    size = len(queue)
+    first_size = (size - 1) % block_size + 1
+    before = of_block(0, first_size)
+    if first_size < size:
+        firsts = jnp.arange(first_size, size, block_size, dtype=jnp.int32)
+        before, _ = lax.scan(add, before, firsts)
+    top, total, mean_key = before
+    return jnp.log(total) + (top - positive) / temperature, mean_key
 
 
 def _stacked(u, v, axis_name):

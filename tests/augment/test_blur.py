@@ -134,3 +134,14 @@ def test_blur_in_turns_inside_shard_map_of_images_that_all_shards_have(monkeypat
     blurred = jax.jit(sharded)(keys, images)
     expected = jnp.concatenate([of_shard(key[None], images) for key in keys])
     np.testing.assert_allclose(blurred, expected, atol=1e-6)
+
+
+def test_images_on_an_explicit_mesh_of_one_device(key):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    images = jax.random.uniform(key, (4, 6, 6, 1))
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        sharded = jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
+        blurred = augment.random_gaussian_blur(key, sharded, probability=0.5)
+    expected = augment.random_gaussian_blur(key, images, probability=0.5)
+    np.testing.assert_allclose(blurred, expected, atol=1e-6)

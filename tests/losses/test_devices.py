@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from losses.table import NATURAL, TABLE
 
 from jemjax import losses
-from jemjax.losses import distillation
+from jemjax.losses import contrastive, distillation
 from jemjax.testing import CONTEXTS, assert_device_invariant
 
 # Below and above D, and a D that no number of devices divides.
@@ -68,6 +68,12 @@ def test_gradients_made_block_by_block(monkeypatch, name):
     monkeypatch.setattr(distillation, "_BLOCK", 1)  # a row: a device has two here
     contexts = ("shard_map of grad", "grad of shard_map, Explicit", "vmap")
     _check_natural(name, contexts=contexts, devices=8)
+
+
+def test_a_queue_read_block_by_block(monkeypatch):
+    monkeypatch.setattr(contrastive, "_BLOCK", 1)  # a key
+    contexts = ("shard_map of grad", "grad of shard_map, Explicit", "vmap")
+    _check("info_nce, queue", WIDE, contexts=contexts, devices=8)
 
 
 def test_blocks_leave_float16_gradients_to_the_loss_scale(monkeypatch):
