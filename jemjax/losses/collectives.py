@@ -26,6 +26,14 @@ def batch_size(x: jax.Array, axis_name: AxisName) -> int:
     return x.shape[0] * axis_size(axis_name)
 
 
+def is_local(axis_name: AxisName) -> bool:
+    """Whether an array may be cut into blocks without sending anything.
+
+    On several devices the partitioner may have sharded it, out of sight.
+    """
+    return axis_name is not None or jax.device_count() == 1
+
+
 def psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """The sum over the shards."""
     return x if axis_name is None else lax.psum(x, axis_name)

@@ -22,6 +22,7 @@ from jemjax.losses.collectives import (
     batch_mean,
     first_row,
     gather,
+    is_local,
     psum,
     row_products,
 )
@@ -139,9 +140,7 @@ def info_nce(
         positive = jnp.sum(q * k, axis=1)  # (N,)
         earlier = gather(lax.stop_gradient(jnp.asarray(queue)), None)
         temperature = jnp.asarray(temperature, q.dtype)
-        # Keys that the partitioner may have sharded, out of sight, are not cut.
-        local = axis_name is not None or jax.device_count() == 1
-        block_size = max(1, _BLOCK // len(q)) if local else len(earlier)
+        block_size = max(1, _BLOCK // len(q)) if is_local(axis_name) else len(earlier)
         losses = jax.nn.softplus(
             _log_others_over_own(q, positive, earlier, temperature, block_size)
         )
@@ -253,9 +252,8 @@ def _log_others_and_mean_key(q, positive, queue, temperature, block_size):
         total = total * jnp.exp((largest - top) / temperature)
         block_total = block_total * jnp.exp((block_largest - top) / temperature)
         sum_of_both = total + block_total
-        mean_key = (total / sum_of_both)[:, None] * mean_key + (
-            block_total / sum_of_both
-        )[:, None] * block_mean_key
+        share, block_share = total / sum_of_both, block_total / sum_of_both
+        mean_key = share[:, None] * mean_key + block_share[:, None] * block_mean_key
         return (top, sum_of_both, mean_key), None
 
     # The first block has what is left over.

@@ -17,7 +17,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jemjax.losses.checks import check_arrays, check_flag, check_number
-from jemjax.losses.collectives import AxisName, axis_size, batch_mean, psum
+from jemjax.losses.collectives import (
+    AxisName,
+    axis_size,
+    batch_mean,
+    is_local,
+    psum,
+)
 
 Scalar = float | jax.Array
 
@@ -162,10 +168,9 @@ def cross_entropy_of_views(
     views, rows, _ = logits.shape
     scale = 1.0 / (targets.shape[0] * (views - 1) * rows * axis_size(axis_name))
     temperature = jnp.asarray(temperature, targets.dtype)
-    # Rows that the partitioner may have sharded, out of sight, are not cut into blocks,
-    # nor is float16: a block's gradient is rounded before the loss scale reaches it.
-    local = axis_name is not None or jax.device_count() == 1
-    whole = not local or logits.dtype == jnp.float16
+    # float16 is not cut either: a block's gradient is rounded before the loss scale
+    # reaches it.
+    whole = not is_local(axis_name) or logits.dtype == jnp.float16
     together = rows if whole else _rows_together(logits.shape)
     total = _sum_over_views(logits, targets, temperature, scale, together)
     return psum(total, axis_name)
