@@ -35,6 +35,10 @@ class BarlowTwins(Method):
     """Barlow Twins' hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "barlow-twins"
+    collapse_hint: ClassVar[str] = (
+        "lower --optimizer.learning-rate, or raise --batch-size: the correlations of "
+        "a small batch are noise"
+    )
 
     off_diagonal_weight: float = 0.0051
     """weight of the squared correlations between dimensions"""
@@ -67,6 +71,10 @@ class BarlowTwins(Method):
         )
         loss = terms.on_diagonal + self.off_diagonal_weight * terms.off_diagonal
         return loss, terms._asdict()
+
+    def collapsed_loss(self, batch_size, width):
+        """D: no dimension of one view is correlated with itself in the other."""
+        return float(width)
 
     def defaults(self, image_size: int) -> Defaults:
         """1000 epochs of ResNet-50 with LARS, biases at a rate of their own."""

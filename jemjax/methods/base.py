@@ -79,6 +79,8 @@ class Defaults:
     batch_size: int
     epochs: float
     optimization: Optimization
+    transformer: Optimization | None = None
+    """in place of `optimization` where the backbone is a transformer"""
     minimum_steps: int = 1
     """a small data set is passed more often than `epochs` times to take so many"""
     drop_path: float = 0.0
@@ -93,7 +95,8 @@ def small_images(hyper: Mapping[str, Any], **changes: Any) -> Defaults:
     """The form of a method that two CPU cores train in minutes, on images up to 64.
 
     A narrow network sees many images in little time, for which AdamW needs no tuning;
-    the published recipes for CIFAR train ResNet-18 for 1,000 epochs.
+    the published recipes for CIFAR train ResNet-18 for 1,000 epochs. Transformers
+    collapse at a residual network's learning rate, and need their gradients clipped.
 
     Args:
         hyper: the method's fields that depend on the size of the images.
@@ -105,6 +108,9 @@ def small_images(hyper: Mapping[str, Any], **changes: Any) -> Defaults:
         "epochs": 12,
         "minimum_steps": 2000,
         "optimization": Optimization("adamw", 6e-3, 1e-4, 0.5, 1e-3),
+        "transformer": Optimization(
+            "adamw", 2e-3, 0.05, 0.5, 1e-3, clip_norm=3.0, clip_each=False
+        ),
     }
     return Defaults(hyper=hyper, **{**values, **changes})
 
@@ -148,6 +154,8 @@ class Method(abc.ABC):
     frozen: ClassVar[tuple[str, ...]] = ()
     # Of `recall`'s arrays that are sharded like the batch, the axis; others are whole.
     recall_axes: ClassVar[Mapping[str, int]] = {}
+    # What to change, in a clause, where a run of this method collapses.
+    collapse_hint: ClassVar[str] = "lower --optimizer.learning-rate"
 
     target: Target = "shared"
     """the other branch: the same network, the same network as a constant, or a moving
@@ -225,6 +233,15 @@ class Method(abc.ABC):
             memory: what `recall` gives.
             axis_name: the mapped axis (or axes) over which the batch is sharded.
         """
+
+    def collapsed_loss(self, batch_size: int, width: int) -> float | None:
+        """The loss where all images have the same embedding; None: no known value.
+
+        Args:
+            batch_size: N.
+            width: D, of the embeddings.
+        """
+        return None
 
     def cluster_scores(
         self, scores: jax.Array, loss_state: Mapping[str, jax.Array]

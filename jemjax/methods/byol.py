@@ -31,6 +31,10 @@ class BYOL(Method):
     """BYOL's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "byol"
+    collapse_hint: ClassVar[str] = (
+        "keep --predictor and --target momentum, raise --target-momentum, or lower "
+        "--optimizer.learning-rate"
+    )
     own_target_init: ClassVar[bool] = True
 
     target: Target = "momentum"
@@ -63,6 +67,10 @@ class BYOL(Method):
             target,
         )
         return 2.0 * mean, {}
+
+    def collapsed_loss(self, batch_size, width):
+        """0: a constant predicts a constant."""
+        return 0.0
 
     def defaults(self, image_size: int) -> Defaults:
         """1000 epochs of ResNet-50 with LARS, or a network that laptops train."""

@@ -38,6 +38,10 @@ class Data2Vec(Method):
     """data2vec's hyper-parameters, with the defaults published for images."""
 
     name: ClassVar[str] = "data2vec"
+    collapse_hint: ClassVar[str] = (
+        "raise --target-momentum, predict more of the last layers (--top-layers), or "
+        "lower --optimizer.learning-rate"
+    )
     average_statistics: ClassVar[bool] = True
     # The class token has no loss, so it says nothing: patches are averaged instead.
     pooling: ClassVar[Literal["class", "mean"]] = "mean"
@@ -107,6 +111,10 @@ class Data2Vec(Method):
             )
         return total / len(online), {}
 
+    def collapsed_loss(self, batch_size, width):
+        """0: what the target says of every patch is predicted without error."""
+        return 0.0
+
     def problems(self, batch_size: int) -> list[str]:
         """What is wrong with the fields' values, each in a sentence."""
         problems = super().problems(batch_size)
@@ -130,9 +138,6 @@ class Data2Vec(Method):
                     "final_target_momentum": 0.999,
                 },
                 backbone="vit-narrow",
-                optimization=Optimization(
-                    "adamw", 2e-3, 0.05, 0.5, 1e-3, clip_norm=3.0, clip_each=False
-                ),
             )
         return Defaults(
             backbone="vit-base",

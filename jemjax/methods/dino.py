@@ -11,6 +11,7 @@ Caron, Touvron, Misra, Jégou, Mairal, Bojanowski, Joulin, 2021, DINO (arXiv:210
 """
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
@@ -36,6 +37,11 @@ class DINO(Method):
     """DINO's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "dino"
+    collapse_hint: ClassVar[str] = (
+        "normalize the head (--head-norm), lower --optimizer.learning-rate, train the "
+        "last layer from the start (--freeze-last-layer 0), or sharpen the target "
+        "(--teacher-temperature 0.02)"
+    )
     views_together: ClassVar[bool] = True
     measured: ClassVar[Literal["online", "target"]] = "target"
 
@@ -52,6 +58,8 @@ class DINO(Method):
     """epochs in which it rises, linearly"""
     center_momentum: float = 0.9
     """of the mean that is subtracted from the target's logits"""
+    head_norm: bool | None = None
+    """whether batch normalization follows the head's hidden layers"""
     learn_last_scale: bool = False
     """whether the last layer's rows have a trained length, instead of 1"""
     freeze_last_layer: float = 1.0
@@ -71,8 +79,12 @@ class DINO(Method):
     # the cosine to each output's unit vector.
     def make_projector(self, widths: tuple[int, ...]) -> nn.Module:
         """Linear, GELU, Linear, GELU, and a Linear bottleneck."""
+        assert self.head_norm is not None
         return MLPHead(
-            widths, hidden_norm=False, activation="gelu", kernel_init="truncated_normal"
+            widths,
+            hidden_norm=self.head_norm,
+            activation="gelu",
+            kernel_init="truncated_normal",
         )
 
     def make_prototypes(self) -> nn.Module:
@@ -111,6 +123,10 @@ class DINO(Method):
             axis_name=axis_name,
         )
         return loss, {"prototypes": perplexity_of_clusters(student[0], axis_name)}
+
+    def collapsed_loss(self, batch_size, width):
+        """The loss is ln K: the centered target says the same of every output."""
+        return math.log(self.num_prototypes or 1)
 
     def cluster_scores(self, scores, loss_state):
         """An image's cluster is the target's largest output, which is centered."""
@@ -165,6 +181,7 @@ class DINO(Method):
                 {
                     "projector": (512, 512, 128),
                     "num_prototypes": 1024,
+                    "head_norm": True,
                     "target_momentum": 0.99,
                     "local_views": 0,
                 }
@@ -187,6 +204,7 @@ class DINO(Method):
             hyper={
                 "projector": (2048, 2048, 256),
                 "num_prototypes": 65536,
+                "head_norm": False,
                 "target_momentum": 0.996,
                 "local_views": 8,
             },

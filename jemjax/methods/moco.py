@@ -16,6 +16,7 @@ Chen, Fan, Girshick, He, 2020, MoCo v2 (arXiv:2003.04297); He et al., 2020
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -42,6 +43,10 @@ class MoCo(Method):
     """MoCo v2's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "moco"
+    collapse_hint: ClassVar[str] = (
+        "lower --temperature or --optimizer.learning-rate, or raise --target- "
+        "momentum, so that the keys of the queue stay consistent"
+    )
     # The first view is the query, the second the key.
     online_views: ClassVar[tuple[int, ...]] = (0,)
     target_views: ClassVar[tuple[int, ...]] = (1,)
@@ -79,6 +84,10 @@ class MoCo(Method):
             stop_gradient=self.stop_gradient,
             axis_name=axis_name,
         ), {}
+
+    def collapsed_loss(self, batch_size, width):
+        """ln(1 + queue length): the key is as near as all others."""
+        return math.log(1 + (self.queue_length or 0))
 
     # What does the loss remember? The last keys, overwritten from the oldest on.
     def init_loss_state(self, key, outputs):

@@ -8,6 +8,7 @@ Chen, Xie, He, 2021, MoCo v3 (arXiv:2104.02057).
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from flax import linen as nn
@@ -32,6 +33,10 @@ class MoCoV3(Method):
     """MoCo v3's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "moco-v3"
+    collapse_hint: ClassVar[str] = (
+        "lower --optimizer.learning-rate, or raise --batch-size: each image needs "
+        "negatives"
+    )
     # A transformer's patches are embedded by the random projection it starts with,
     # which makes its training stable.
     frozen: ClassVar[tuple[str, ...]] = ("backbone/patch_embedding",)
@@ -86,6 +91,10 @@ class MoCoV3(Method):
             target or online,
         )
         return 4.0 * self.temperature * mean, {}
+
+    def collapsed_loss(self, batch_size, width):
+        """4 T ln N: the key is as near as all others of the batch."""
+        return 4 * self.temperature * math.log(batch_size)
 
     def defaults(self, image_size: int) -> Defaults:
         """300 epochs of ViT-S/16 with AdamW, or a network that laptops train."""

@@ -8,6 +8,7 @@ Chen, Kornblith, Norouzi, Hinton, 2020, SimCLR (arXiv:2002.05709).
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from flax import linen as nn
@@ -30,6 +31,10 @@ class SimCLR(Method):
     """SimCLR's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "simclr"
+    collapse_hint: ClassVar[str] = (
+        "lower --temperature or --optimizer.learning-rate, or raise --batch-size: "
+        "each image needs negatives"
+    )
     views_together: ClassVar[bool] = True
 
     temperature: float | None = None
@@ -63,6 +68,10 @@ class SimCLR(Method):
             target,
         )
         return 2.0 * mean, {}
+
+    def collapsed_loss(self, batch_size, width):
+        """2 ln(2N - 1): the partner is as near as all others."""
+        return 2 * math.log(2 * batch_size - 1)
 
     def defaults(self, image_size: int) -> Defaults:
         """1000 epochs of ResNet-50 with LARS, or a network that laptops train."""

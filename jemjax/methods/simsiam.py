@@ -34,6 +34,10 @@ class SimSiam(Method):
     """SimSiam's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "simsiam"
+    collapse_hint: ClassVar[str] = (
+        "keep --predictor and --target stop-gradient, or lower --optimizer.learning- "
+        "rate"
+    )
     # The predictor keeps its learning rate, so that it stays ahead of what it predicts.
     constant_rate: ClassVar[tuple[str, ...]] = ("predictor",)
 
@@ -75,6 +79,10 @@ class SimSiam(Method):
             online,
             target,
         ), {}
+
+    def collapsed_loss(self, batch_size, width):
+        """-1: a constant predicts a constant."""
+        return -1.0
 
     def defaults(self, image_size: int) -> Defaults:
         """100 epochs of ResNet-50 with SGD, or a network that laptops train."""

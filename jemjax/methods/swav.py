@@ -11,6 +11,7 @@ Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, 2020, SwAV (arXiv:2006.09882).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -38,6 +39,11 @@ class SwAV(Method):
     """SwAV's hyper-parameters, with the published defaults for a batch of 256."""
 
     name: ClassVar[str] = "swav"
+    collapse_hint: ClassVar[str] = (
+        "sharpen the assignments (--epsilon 0.03, or less), take fewer --num- "
+        "prototypes than there are images in a batch and its queue, or lower "
+        "--optimizer.learning-rate"
+    )
     views_together: ClassVar[bool] = True
     recall_axes: ClassVar[Mapping[str, int]] = {"queue_scores": 1}
 
@@ -119,6 +125,10 @@ class SwAV(Method):
             scores, assigned, temperature=self.temperature, axis_name=axis_name
         )
         return loss, {"prototypes": perplexity_of_clusters(scores[0], axis_name)}
+
+    def collapsed_loss(self, batch_size, width):
+        """The loss is ln K: every cluster is as likely."""
+        return math.log(self.num_prototypes or 1)
 
     # What does the loss remember? The embeddings of the last batches, of each large
     # view, scored by the present prototypes.

@@ -34,6 +34,10 @@ class VICReg(Method):
     """VICReg's hyper-parameters, with the published defaults."""
 
     name: ClassVar[str] = "vicreg"
+    collapse_hint: ClassVar[str] = (
+        "raise --variance-weight, lower --optimizer.learning-rate, or see more images "
+        "a step (--batch-size): the variance of a small batch says little"
+    )
 
     invariance_weight: float = 25.0
     """weight of the mean squared distance between views"""
@@ -78,6 +82,10 @@ class VICReg(Method):
             + self.covariance_weight * terms.covariance
         )
         return loss, terms._asdict()
+
+    def collapsed_loss(self, batch_size, width):
+        """Its variance term's largest value: no dimension varies."""
+        return self.variance_weight * max(0.0, self.gamma - self.eps**0.5)
 
     def defaults(self, image_size: int) -> Defaults:
         """100 epochs of ResNet-50 with LARS, or a network that laptops train."""

@@ -1,8 +1,9 @@
 """Residual networks, the backbones of the published results, and a narrow one.
 
 He, Zhang, Ren, Sun, 2016, Deep residual learning (arXiv:1512.03385), with the stride of
-a bottleneck on its 3 x 3 convolution and the last normalization of each block
-initialized to zero (Goyal et al., 2017, arXiv:1706.02677).
+a bottleneck on its 3 x 3 convolution. The last normalization of each block starts at
+zero (Goyal et al., 2017, arXiv:1706.02677), which suits deep networks and long runs;
+the narrow network has three blocks, which have to work from the first step on.
 """
 
 import functools
@@ -33,12 +34,18 @@ Convolution = functools.partial(
 )
 
 
+def _last_scale(zero_init: bool) -> nn.initializers.Initializer:
+    """Of a block's last normalization: with zeros a block begins as its shortcut."""
+    return nn.initializers.zeros if zero_init else nn.initializers.ones
+
+
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut."""
 
     width: int
     stride: int
     dtype: Any
+    zero_init: bool = True
     expansion = 1
 
     @nn.compact
@@ -51,7 +58,7 @@ class BasicBlock(nn.Module):
         y = convolution(self.width, (3, 3), self.stride, padding=1)(x)
         y = nn.relu(norm()(y))
         y = convolution(self.width, (3, 3), padding=1)(y)
-        y = norm(scale_init=nn.initializers.zeros)(y)
+        y = norm(scale_init=_last_scale(self.zero_init))(y)
         if x.shape != y.shape:
             x = norm()(convolution(self.width, (1, 1), self.stride, padding=0)(x))
         return nn.relu(x + y)
@@ -63,6 +70,7 @@ class Bottleneck(nn.Module):
     width: int
     stride: int
     dtype: Any
+    zero_init: bool = True
     expansion = 4
 
     @nn.compact
@@ -76,7 +84,7 @@ class Bottleneck(nn.Module):
         y = convolution(self.width, (3, 3), self.stride, padding=1)(y)
         y = nn.relu(norm()(y))
         y = convolution(4 * self.width, (1, 1), padding=0)(y)
-        y = norm(scale_init=nn.initializers.zeros)(y)
+        y = norm(scale_init=_last_scale(self.zero_init))(y)
         if x.shape != y.shape:
             x = norm()(convolution(4 * self.width, (1, 1), self.stride, padding=0)(x))
         return nn.relu(x + y)
@@ -93,6 +101,7 @@ class ResNet(nn.Module):
         stem: what comes before the stages. "imagenet": 7 x 7 convolution of stride 2
             and max pooling; "small": 3 x 3 convolution of stride 1; "patch":
             convolution of 2 x 2 patches, which halves the resolution at once.
+        zero_init: whether each block begins as its shortcut.
         dtype: of the activations; parameters and statistics are float32.
     """
 
@@ -100,6 +109,7 @@ class ResNet(nn.Module):
     block: Callable[..., nn.Module]
     width: int = 64
     stem: Stem = "imagenet"
+    zero_init: bool = True
     dtype: Any = jnp.float32
 
     @property
@@ -165,6 +175,7 @@ class ResNet(nn.Module):
                 x = self.block(
                     width=self.width * 2**stage,
                     stride=2 if stage > 0 and index == 0 else 1,
+                    zero_init=self.zero_init,
                     dtype=self.dtype,
                 )(x, train=train)
         return x
@@ -175,5 +186,10 @@ resnet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
 resnet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
 # Trains in minutes on two cores: half the resolution at once, and one block a stage.
 resnet_narrow = functools.partial(
-    ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=32, stem="patch"
+    ResNet,
+    stage_sizes=(1, 1, 1),
+    block=BasicBlock,
+    width=32,
+    stem="patch",
+    zero_init=False,
 )

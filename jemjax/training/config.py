@@ -173,6 +173,10 @@ class PretrainConfig(InputConfig):
     """number of steps, instead of --epochs"""
     epochs: float | None = None
     """passes over the data"""
+    minutes: float | None = None
+    """minutes that the training should take here, instead of --steps: some steps are
+    timed first, the number that fits is written into config.toml, and a resumed run
+    keeps it; reading the data, compiling and the final measurements come on top"""
     eval_every: int | None = None
     """steps between measurements with kNN; unless given, a tenth of the run; 0: only
     at the end"""
@@ -279,14 +283,16 @@ def resolve(
     layer_scale = config.layer_scale
     if layer_scale is None and backbone.startswith("vit"):
         layer_scale = defaults.layer_scale
+    optimization = defaults.optimization
+    if backbone.startswith("vit") and defaults.transformer:
+        optimization = defaults.transformer
     tenth = max(1, steps // 10)
     eval_every = tenth if config.eval_every is None else config.eval_every
     checkpoint_every = config.checkpoint_every
-    name = config.data.split(":")[-1].rstrip("/").split("/")[-1]
     resolved = dataclasses.replace(
         config,
         method=method,
-        output=config.output or f"runs/{config.method.name}-{name}",
+        output=config.output or default_output(config),
         eval_data=config.eval_data or config.data,
         backbone=backbone,
         drop_path=drop_path,
@@ -300,7 +306,7 @@ def resolve(
         if checkpoint_every is None
         else checkpoint_every,
         views=_resolve_views(config.views, source),
-        optimizer=_resolve_optimizer(config.optimizer, defaults.optimization, problems),
+        optimizer=_resolve_optimizer(config.optimizer, optimization, problems),
     )
     problems += _problems(config, resolved, len(source), num_devices)
     problems += resolved.method.problems(resolved.batch_size or 1)
@@ -308,6 +314,12 @@ def resolve(
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return resolved
+
+
+def default_output(config: PretrainConfig) -> str:
+    """The folder of a run that is given none."""
+    name = config.data.split(":")[-1].rstrip("/").split("/")[-1]
+    return f"runs/{config.method.name}-{name}"
 
 
 def _problems_of_parts(config: PretrainConfig) -> Iterator[str]:
@@ -372,8 +384,12 @@ def problems_without_data(config: PretrainConfig) -> Iterator[str]:
             yield f"--{_flag(name)}: got {value}, expected at least {bound}"
     if config.seed >= 2**32:
         yield f"--seed: got {config.seed}, expected less than 2^32"
-    if config.epochs is not None and not 0 < config.epochs < math.inf:
-        yield f"--epochs: got {config.epochs}, expected a positive number"
+    for name in ("epochs", "minutes"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"--{name}: got {value}, expected a positive number"
+    if config.minutes is not None and (config.steps, config.epochs) != (None, None):
+        yield "--minutes excludes --steps and --epochs: give one of them"
     if not 0 < config.load_timeout < math.inf:
         yield f"--load-timeout: got {config.load_timeout}, expected a positive number"
     if config.batch_size == 1:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from jemjax.data import Source, batches
 from jemjax.errors import CheckpointError, UserError
+from jemjax.methods import Method
 from jemjax.runtime import make_deterministic
 from jemjax.training.checkpoints import Checkpoints, fingerprint
 from jemjax.training.config import PretrainConfig, resolve, to_toml
+from jemjax.training.duration import as_begun, with_steps_that_fit
 from jemjax.training.features import (
     Embedder,
     Examples,
@@ -34,6 +36,7 @@ from jemjax.training.hosts import (
 )
 from jemjax.training.inputs import check_test, open_first, open_part, read
 from jemjax.training.lock import locked
+from jemjax.training.loss_watch import LossWatch
 from jemjax.training.measure import measure, measure_collapse, measure_knn
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
 from jemjax.training.output import (
@@ -49,16 +52,6 @@ from jemjax.training.signals import Signals
 from jemjax.training.skipped import SkippedSteps
 from jemjax.training.state import TrainState
 from jemjax.training.timing import StepClock, describe
-
-# Said once, where a collapse is seen.
-CAUSES = (
-    "often it comes from a learning rate that is too high, or a warm-up too short"
-    " (--optimizer.learning-rate, --optimizer.warmup-epochs); a part that prevents it"
-    " being weak or off (the weights of VICReg's terms, --predictor, --target, the"
-    " temperatures and the center of DINO, epsilon and the queue of SwAV); a small"
-    " --batch-size; views too different to have anything in common (--views); images"
-    " that are nearly all alike. In the first steps it may pass"
-)
 
 
 def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str, Any]:
@@ -81,6 +74,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     display = display or Display(quiet=not is_first())
     with together():
         source = open_first(config)
+        given = config = as_begun(config, display.say)
         config = resolve(config, source, num_devices=jax.device_count())
         assert config.steps and config.batch_size and config.output
         test = open_part(config.eval_data or config.data, "test", config)
@@ -102,6 +96,12 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         # All that can be refused is: images are decoded now.
         with together(), explaining_memory(config):
             source, test = read(source, display), read(test, display)
+        if given.minutes:
+            with explaining_memory(config):
+                run = with_steps_that_fit(
+                    given, run, source, _monitor_of(source, test), display.say
+                )
+            config, about = run.config, describe_run(run.config, source)
         with together():
             if is_first():
                 if config.overwrite:
@@ -168,6 +168,9 @@ def _run(
     )
     if measured is None:
         _stop(signals, config, "after the last step, which is saved")
+    figures = (measured["collapse"], measured["embedding_collapse"])
+    if seconds["loss_collapse"] or any(each["collapse"] for each in figures):
+        measured["advice"] = advice(config.method)
     results = {
         "method": config.method.name,
         "data": config.data,
@@ -232,9 +235,14 @@ def _train(
     config, total, batch_size = run.config, run.config.steps, run.config.batch_size
     assert total and batch_size
     first = int(state.step)
+    past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    past = [row for row in past if row["step"] <= first]
+    watch = LossWatch(run.collapsed_loss(), total, past)
     if first >= total:
-        past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-        return {"images_per_second": past[-1]["images_per_second"]} if past else {}
+        seconds = {"loss_collapse": watch.verdict()}
+        if past:
+            seconds["images_per_second"] = past[-1]["images_per_second"]
+        return seconds
     monitor = choose_examples(source, test, config.eval_examples)
     with together():
         metrics_file = MetricsFile(
@@ -287,6 +295,9 @@ def _train(
                 }
                 if source.unreadable:
                     row["unreadable_images"] = len(source.unreadable)
+                if sentence := watch.logged(step, row["loss"]):
+                    display.say(f"step {step}: collapse, {sentence}")
+                    collapsed = _explain_collapse(config, display, collapsed)
                 metrics_file.write(row)
                 shown = {
                     "loss": row["loss"],
@@ -304,9 +315,8 @@ def _train(
                 if row is not None:
                     for sentence in row.get("collapse", ()):
                         display.say(f"step {step}: collapse, {sentence}")
-                    if "collapse" in row and not collapsed:
-                        collapsed = True
-                        display.say(f"  {CAUSES}")
+                    if "collapse" in row:
+                        collapsed = _explain_collapse(config, display, collapsed)
                     shown |= {"kNN": row["knn"]} if "knn" in row else {}
                     metrics_file.write({"step": step, **row})
                 mark, marked = time.monotonic(), step
@@ -327,10 +337,40 @@ def _train(
         display.say(f"time after the first step: {describe(spent)}")
     rate = counted * batch_size / training if training else 0.0
     return {
+        "loss_collapse": watch.verdict(),
         "images_per_second": round(rate, 1),
         "training_seconds": round(training, 1),
         "seconds_after_first_step": {k: round(v, 2) for k, v in spent.items()},
     }
+
+
+def _explain_collapse(
+    config: PretrainConfig, display: Display, explained: bool
+) -> bool:
+    """Says once what helps against a collapse of this method."""
+    if not explained:
+        display.say(f"  {advice(config.method)}")
+    return True
+
+
+def advice(method: Method) -> str:
+    """What to change where a run of this method collapses, in sentences."""
+    return (
+        f"for {method.name}: {method.collapse_hint}. For any method: a longer warm-up"
+        " (--optimizer.warmup-epochs), weaker views (--views), images that are not"
+        " nearly all alike. In the first steps a collapse may pass"
+    )
+
+
+def _monitor_of(source: Source, test: Source) -> Callable[[Run], Any]:
+    """A measurement as during a run, of the network as it begins."""
+
+    def monitor(run: Run):
+        examples = choose_examples(source, test, run.config.eval_examples)
+        embedder = Embedder(run.config.method, run.network, run.recipe, run.mesh)
+        return _monitor(embedder, examples, run.init())
+
+    return monitor
 
 
 def _monitor(embedder: Embedder, examples: Examples, state: TrainState):

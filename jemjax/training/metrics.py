@@ -231,6 +231,10 @@ class Display:
             )
             for sentence in figures["collapse"]:
                 self.say(f"  collapse, {sentence}")
+        for sentence in results.get("loss_collapse", ()):
+            self.say(f"collapse, {sentence}")
+        if "advice" in results:
+            self.say(f"  {results['advice']}")
 
     def _clusters(self, clusters: Mapping[str, float]) -> None:
         text = (

@@ -26,6 +26,7 @@ COMMAND = {
     "multihost": False,
     "fallback": True,
     "allow_change": (),
+    "minutes": None,
 }
 
 # What may differ between a run and its continuation: nothing that changes its numbers.

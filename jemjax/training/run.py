@@ -1,6 +1,7 @@
 """What a configuration stands for, built: network, views, optimizer and step."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,6 +75,18 @@ class Run(NamedTuple):
         state = jax.eval_shape(self._init, jax.random.key(0))
         state = shaped(state, state_sharding(state, self.mesh))
         return state, crops or images(*self.image_shape[:2])
+
+    def collapsed_loss(self) -> float | None:
+        """The loss where all images have the same embedding, if it is known."""
+        size, batch_size = self.config.image_size, self.config.batch_size
+        assert size and batch_size
+        view = jax.ShapeDtypeStruct((2, size, size, self.image_shape[2]), jnp.float32)
+        outputs, _ = jax.eval_shape(
+            functools.partial(self.network.init_with_output, train=True),
+            jax.random.key(0),
+            view,
+        )
+        return self.config.method.collapsed_loss(batch_size, outputs.embedding.shape[1])
 
     def images(self, batch: dict[str, Any]) -> Images:
         """What a step is given of a loader's batch, on the devices."""

@@ -56,15 +56,31 @@ def _gradients(method, online, target, memory):
     return jax.grad(lambda arrays: _loss(method, memory, arrays, target))(online)
 
 
-@METHODS
-def test_equal_outputs_have_no_gradient(name):
-    method = tiny_method(name)
+def _equal_outputs(name):
+    """(V, N, D) of the online branch and of the target."""
     vector = _equal(name)
-    outputs = jnp.broadcast_to(vector, (2, N, len(vector)))
-    target = outputs
+    outputs = target = jnp.broadcast_to(vector, (2, N, len(vector)))
     if name == "data2vec":  # what it predicts is normalized: so is what predicts it
         normalized = losses.data2vec_target(target[:1, :, None])[:, 0]  # (N, D)
         outputs = jnp.broadcast_to(normalized, target.shape)
+    return vector, outputs, target
+
+
+@METHODS
+def test_the_collapsed_loss_is_that_of_equal_outputs(name):
+    vector, outputs, target = _equal_outputs(name)
+    swaps = {"num_prototypes": len(vector)} if name in SCORES else {}
+    method = tiny_method(name, **swaps)
+    loss = _loss(method, _memory(method, vector), outputs, target)
+    np.testing.assert_allclose(
+        loss, method.collapsed_loss(N, len(vector)), rtol=1e-5, atol=1e-5
+    )
+
+
+@METHODS
+def test_equal_outputs_have_no_gradient(name):
+    method = tiny_method(name)
+    vector, outputs, target = _equal_outputs(name)
     gradient = _gradients(method, outputs, target, _memory(method, vector))
     assert float(jnp.abs(gradient).max()) <= 1e-6
 

@@ -303,9 +303,25 @@ def test_moco_v2_has_relu_only(key):
     x = jax.random.normal(key, (8, 4))
     out, variables = head.init_with_output(key, x, train=True)
     params = variables["params"]
-    hidden = np.maximum(x @ params["Dense_0"]["kernel"], 0)
-    expected = hidden @ params["Dense_1"]["kernel"]
+    first, second = params["Dense_0"], params["Dense_1"]
+    hidden = np.maximum(x @ first["kernel"] + first["bias"], 0)
+    expected = hidden @ second["kernel"] + second["bias"]
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_layers_begin_as_in_torch(key):
+    x = jnp.zeros((2, 400))
+    params = MLPHead((300, 200)).init(key, x, train=True)["params"]
+    for layer, fan_in in ((params["Dense_0"], 400), (params["Dense_1"], 300)):
+        limit = fan_in**-0.5
+        for values in (layer["kernel"], layer["bias"]):
+            assert 0.97 * limit < jnp.abs(values).max() <= limit
+            np.testing.assert_allclose(jnp.std(values), limit / 3**0.5, rtol=0.1)
+    for other, std in (("lecun_normal", 1 / 20), ("truncated_normal", 0.02)):
+        head = MLPHead((300,), kernel_init=other)
+        layer = head.init(key, x, train=True)["params"]["Dense_0"]
+        np.testing.assert_allclose(jnp.std(layer["kernel"]), std, rtol=0.15)
+        assert not jnp.any(layer["bias"])
 
 
 def test_outputs_are_normalized_over_the_batch(key):

@@ -1,0 +1,110 @@
+"""How many steps a run takes that is to last some minutes."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jemjax.data import Source, batches
+from jemjax.training.config import PretrainConfig, default_output, resolve
+from jemjax.training.hosts import of_first
+from jemjax.training.output import load_config
+from jemjax.training.run import Run, build
+
+# Steps that are taken before any is timed: the first compiles, and loaders start.
+WARM_UP = 3
+# After so many steps the clock is read; the time is enough from so many seconds on.
+TURNS, SECONDS = (5, 10, 20, 40, 80, 160), 8.0
+
+
+def as_begun(config: PretrainConfig, say: Callable[[str], None]) -> PretrainConfig:
+    """A run that is resumed keeps the number of steps that was chosen for it."""
+    folder = Path(config.output or default_output(config))
+    if not (config.minutes and config.resume and (folder / "config.toml").exists()):
+        return config
+    steps = load_config(folder).steps
+    say(
+        f"--minutes {config.minutes:g}: {folder} was begun with {steps:,} steps, and"
+        " goes on with them"
+    )
+    return dataclasses.replace(config, minutes=None, steps=steps)
+
+
+def with_steps_that_fit(
+    config: PretrainConfig,
+    run: Run,
+    source: Source,
+    monitor: Callable[[Run], object],
+    say: Callable[[str], None],
+) -> Run:
+    """Times steps and a measurement, and builds the run of as many as fit.
+
+    Args:
+        config: as the user gave it, with `minutes`.
+        run: built from it, with another number of steps.
+        source: the training data, as the steps will read them.
+        monitor: measures as it is done during the run.
+        say: is told what was chosen.
+
+    Returns:
+        The run with its number of steps; of several hosts the first one chooses.
+    """
+    assert config.minutes
+    per_step = _seconds_of_a_step(run, source)
+    seconds = 60 * config.minutes
+    every = config.eval_every
+    if every != 0:
+        monitor(run)  # compiles
+        began = time.monotonic()
+        monitor(run)
+        measuring = time.monotonic() - began
+        if every:
+            per_step += measuring / every
+        else:  # nine times, at each tenth but the last
+            seconds = max(0.5 * seconds, seconds - 9 * measuring)
+    steps = int(of_first(str(max(1, round(seconds / per_step)))))
+    say(
+        f"--minutes {config.minutes:g}: a step takes {per_step:.3g} s here, so"
+        f" {steps:,} steps"
+    )
+    chosen = dataclasses.replace(config, minutes=None, steps=steps)
+    return build(resolve(chosen, source, num_devices=jax.device_count()), source)
+
+
+def _seconds_of_a_step(run: Run, source: Source) -> float:
+    """Of real batches, as the loop takes them, from a state that is then dropped."""
+    config = run.config
+    assert config.batch_size
+    stream = batches(
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.workers,
+        crops=run.crops,
+        timeout=config.load_timeout,
+    )
+    try:
+        state = run.init()
+        images = run.images(next(stream))
+        began = 0.0
+        for step in itertools.count():
+            if step == WARM_UP:
+                jax.block_until_ready(state)
+                began = time.monotonic()
+            state, _ = run.step(state, images)
+            images = run.images(next(stream))
+            taken = step + 1 - WARM_UP
+            if taken in TURNS:
+                jax.block_until_ready(state)
+                seconds = time.monotonic() - began
+                # Hosts take a step together, so all of them take as many.
+                if of_first(str(seconds >= SECONDS or taken == TURNS[-1])) == "True":
+                    return seconds / taken
+    finally:
+        stream.close()
+    raise AssertionError("unreachable")
