@@ -15,9 +15,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 settings.register_profile("jemjax", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("jemjax")
 
-# Programs that commands keep: those of other tests, and none of the user's.
-CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.environ["XDG_CACHE_HOME"] = CACHE.name
+# Programs that commands keep: those of all tests, since both of pytest's processes
+# inherit the folder, and none of the user's.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -25,6 +27,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def quick_programs():
+    """Programs compile several times as fast, and run slower."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_one_thread_asks_for_all_batches_and_a_wait_can_be_left(monkeypatch):
         np.testing.assert_array_equal(batch["index"], same["index"])
     before = threading.active_count()
     stream.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while threading.active_count() >= before:
         assert time.monotonic() < deadline, "its thread does not end"
     with pytest.raises(ValueError, match="closed"):

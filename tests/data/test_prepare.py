@@ -527,17 +527,16 @@ OFFLINE = """
 import socket, sys, time
 
 def refuse(*arguments, **keywords):
-    raise AssertionError(f"the network was asked: {arguments}")
+    raise AssertionError(f"the network was asked, or waited for: {arguments}")
 
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 from jemjax.data import DataError, open_data
-began = time.monotonic()
+time.sleep = refuse
 for name in sys.argv[1:]:
     try:
         open_data("tfds:" + name, data_dir="nowhere")
     except DataError as error:
         print(error)
-print(time.monotonic() - began < 10)
 """
 
 
@@ -549,8 +548,8 @@ def test_d11_d12_a_set_that_is_not_there_is_told_at_once_without_a_network(tmp_p
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    mnist, imagenet, quick = run.stdout.splitlines()
-    assert quick == "True" and "asked" not in run.stderr
+    mnist, imagenet = run.stdout.splitlines()
+    assert "asked" not in run.stderr
     assert "jemjax data prepare KIND RAW --name fashion_mnist" in mnist
     assert "--data folder:PATH" in mnist
     assert "--manual_dir" in imagenet and "ILSVRC2012_img_train.tar" in imagenet

@@ -11,6 +11,7 @@ from training.setups import (
     SIZE,
     TINY,
     Setup,
+    every_method,
     setup_of,
     tiny_backbone,
     tiny_method,
@@ -22,9 +23,9 @@ from jemjax.models import MaskedTokens
 from jemjax.training.config import ViewOptions
 from jemjax.training.step import Branches, Statistics
 
-EVERY = pytest.mark.parametrize("name", TINY)
+EVERY = every_method()
 # data2vec's network is of another kind: patches, not embeddings.
-EMBEDDING = pytest.mark.parametrize("name", [n for n in TINY if n != "data2vec"])
+EMBEDDING = every_method("data2vec")
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_stopping_the_gradient_changes_the_gradient_and_not_the_loss(name):
 SIDED = ["byol", "simsiam", "dino", "data2vec", "moco", "moco-v3"]
 
 
-@pytest.mark.parametrize("name", SIDED)
+@every_method(names=SIDED)
 @pytest.mark.parametrize("target", ["shared", "stop-gradient", "momentum"])
 def test_the_target_has_a_gradient_only_if_it_is_shared(name, target):
     method = tiny_method(name, target=target)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jemjax.methods import METHODS
 from jemjax.models import ResNet, ViT
@@ -37,6 +38,23 @@ TINY = {
     "moco": {"projector": (16, 12), "queue_length": 32},
     "moco-v3": {"projector": (16, 12), "predictor": (16,)},
 }
+
+
+# One method of each kind: one branch, assigned clusters, distilled outputs, patches, a
+# queue. The others keep the same promises, and are asked about by hand (-m slow).
+KINDS = ("vicreg", "swav", "dino", "data2vec", "moco")
+
+
+def every_method(*left_out, names=TINY):
+    """Parametrizes by `name`: one method of each kind, and by hand all others."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
+            for name in names
+            if name not in left_out
+        ],
+    )
 
 
 def tiny_method(name, **swaps):

@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from lowered import lowered
-from training.setups import BATCH, SIZE, TINY, Setup, setup_of, tiny_method
+from training.setups import (
+    BATCH,
+    SIZE,
+    TINY,
+    Setup,
+    every_method,
+    setup_of,
+    tiny_method,
+)
 
 from jemjax.methods import VICReg
 
@@ -15,7 +23,7 @@ def _lowered(setup, crops_of=lambda shape: shape):
     return lowered(setup.step, setup.state_shapes(), crops_of(shape))
 
 
-@pytest.mark.parametrize("name", TINY)
+@every_method()
 def test_every_method_on_eight_devices(name):
     text = _lowered(setup_of(name, 8))
     assert '"data"=8' in text

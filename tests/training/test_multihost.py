@@ -305,7 +305,13 @@ def test_hosts_do_not_wait_for_one_that_was_killed(tmp_path):
 
 
 FAILING = """
+import functools
 import jax
+
+# So late that whoever waits for a silent host outlasts the test.
+jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=3600
+)
 from jemjax.data import DataError
 from jemjax.training import hosts
 
@@ -319,11 +325,9 @@ with hosts.leaving_at_once():
 
 
 def test_a_host_that_fails_alone_does_not_leave_others_waiting():
-    began = time.monotonic()
     codes, said = _end(_start_hosts(program=["-c", FAILING]))
     assert codes[0] not in (0, 3) and codes[1] == 3, said
     assert "host 1: no such image" in said[1][1]
-    assert time.monotonic() - began < 90  # jax misses a host after 100 seconds
 
 
 def test_a_refusal_reaches_all_hosts_and_is_told_once(one_host):

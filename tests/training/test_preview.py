@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from training.setups import TINY
+from training.setups import TINY, every_method
 
 from jemjax.augment import denormalize
 from jemjax.cli import main
@@ -136,7 +136,7 @@ def test_originals_are_the_whole_images_that_the_views_are_of(several_sizes):
         assert difference.mean() < 1 and difference.max() < 16
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method()
 def test_every_method_has_a_picture(name, tmp_path):
     config = _config(name, images=2, output=str(tmp_path / "p.png"))
     with Image.open(preview(config)) as picture:

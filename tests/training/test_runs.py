@@ -1,23 +1,28 @@
 """Whole runs as a user starts them: learning, resuming, refusing."""
 
 import dataclasses
+import functools
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from jemjax.cli import METHOD_NAMES
+from jemjax.cli import METHOD_NAMES, main
 from jemjax.errors import DataError, UserError
 from jemjax.methods import VICReg
 from jemjax.training import loop
 from jemjax.training.config import PretrainConfig
+from jemjax.training.mesh import make_mesh
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, replacing
 from jemjax.training.output import check_folder
 
@@ -111,6 +116,36 @@ def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
     assert again["knn"]["trained"] == pytest.approx(
         _results(folder)["knn"]["trained"], abs=0.02
     )
+
+
+def test_minutes_choose_the_steps_once(tmp_path, quick_programs, monkeypatch):
+    one_device = functools.partial(make_mesh, 1)
+    monkeypatch.setattr("jemjax.training.run.make_mesh", one_device)
+    config = PretrainConfig(
+        VICReg(projector=(64,)),
+        minutes=0.002,
+        batch_size=64,
+        final_examples=200,
+        output=str(tmp_path / "run"),
+        resume=True,
+    )
+    said = io.StringIO()
+    results = loop.pretrain(config, Display(Console(file=said, width=200)))
+    steps = results["steps"]
+    assert f"so {steps:,} steps" in said.getvalue()
+    written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert written["steps"] == steps and "minutes" not in written
+    # A machine that is faster or slower now does not change the run.
+    again = loop.pretrain(config, Display(Console(file=said, width=200)))
+    assert f"begun with {steps:,} steps" in said.getvalue()
+    assert again["state_sha256"] == results["state_sha256"]
+
+
+@pytest.mark.parametrize("other", [{"steps": 5}, {"epochs": 1.0}])
+def test_minutes_and_another_length_exclude_each_other(other, tmp_path):
+    config = PretrainConfig(VICReg(), minutes=1.0, **other)
+    with pytest.raises(UserError, match="--minutes excludes"):
+        loop.pretrain(config, Display(quiet=True))
 
 
 def _kill_and_resume(method, options, folder):
@@ -329,14 +364,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_mistakes_are_answered_in_a_sentence(wrong, tmp_path):
+def test_mistakes_are_answered_in_a_sentence(wrong, tmp_path, capsys, monkeypatch):
+    # In this process, whose settings stay as they are.
+    monkeypatch.setattr("jemjax.runtime.prepare_process", lambda: None)
     options, codes, texts = WRONG[wrong]
     options = options(tmp_path) if callable(options) else options
     output = tmp_path / "run"
-    done = _jemjax("pretrain", "vicreg", f"--output={output}", *options)
-    said = done.stdout + done.stderr
-    assert done.returncode in codes, said
-    assert "Traceback" not in said, said
+    with pytest.raises(SystemExit) as stopped:  # anything else would be a traceback
+        main(["pretrain", "vicreg", f"--output={output}", *options])
+    said = "".join(capsys.readouterr())
+    assert stopped.value.code in codes, said
     for text in texts:
         assert text in said
     if wrong == "a folder of something else":

@@ -14,6 +14,7 @@ from training.setups import (
     SIZE,
     TINY,
     Setup,
+    every_method,
     setup_of,
     setup_without_batch_norm,
     tiny_method,
@@ -40,7 +41,7 @@ from jemjax.training.mesh import batch_sharding, make_mesh, to_devices
 from jemjax.training.state import Skipped
 from jemjax.training.step import Branches, Statistics
 
-METHODS = pytest.mark.parametrize("name", TINY)
+METHODS = every_method()
 
 
 def _slow(*names):

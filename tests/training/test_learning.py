@@ -1,0 +1,69 @@
+"""No method collapses with its defaults, on the images that come with the library."""
+
+import itertools
+
+import jax
+import pytest
+
+from jemjax.data import batches, open_data
+from jemjax.methods import DINO, METHODS
+from jemjax.training.config import PretrainConfig, resolve
+from jemjax.training.loop import pretrain
+from jemjax.training.mesh import make_mesh
+from jemjax.training.metrics import Display
+from jemjax.training.run import build
+
+
+def _results(tmp_path, **changes):
+    config = PretrainConfig(output=str(tmp_path / "run"), **changes)
+    return pretrain(config, Display(quiet=True))
+
+
+def _check(results):
+    assert results["loss_collapse"] == []
+    assert results["collapse"]["collapse"] == []
+    assert results["embedding_collapse"]["collapse"] == []
+    assert "advice" not in results
+    assert results["linear"]["trained"] > results["linear"]["untrained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet-narrow", "vit-narrow"])
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_learn(name, backbone, tmp_path):
+    _check(_results(tmp_path, method=METHODS[name](), backbone=backbone))
+
+
+def _short(method):
+    """The last metrics of a hundred steps on one device, and the run."""
+    source = open_data("digits", split="train")
+    config = resolve(PretrainConfig(method, steps=100), source)
+    run = build(config, source, make_mesh(1))
+    state, metrics = run.init(), {}
+    stream = batches(source, batch_size=config.batch_size, seed=0)
+    for batch in itertools.islice(stream, 100):
+        state, metrics = run.step(state, run.images(batch))
+    stream.close()
+    return jax.device_get(metrics), run
+
+
+def test_dino_learns_soon(quick_programs):
+    metrics, run = _short(DINO())
+    assert metrics["loss"] < 0.985 * run.collapsed_loss()
+    assert metrics["embedding_std"] > 0.2 / 128**0.5
+
+
+def test_dino_collapses_with_the_head_of_version_0_1_0(quick_programs):
+    metrics, run = _short(DINO(head_norm=False))
+    assert metrics["loss"] == pytest.approx(run.collapsed_loss(), rel=1e-3)
+    assert metrics["embedding_std"] < 0.05 / 128**0.5
+    assert "--head-norm" in run.config.method.collapse_hint
+
+
+def test_a_transformer_has_an_optimizer_of_its_own():
+    digits = open_data("digits", split="train")
+    of_vit, of_resnet = (
+        resolve(PretrainConfig(DINO(), backbone=backbone), digits).optimizer
+        for backbone in ("vit-narrow", "resnet-narrow")
+    )
+    assert of_vit.learning_rate < of_resnet.learning_rate and of_vit.clip_norm
