@@ -1,6 +1,7 @@
 """The benchmarks' harness: what is timed, compared, and said of what cannot run."""
 
 import importlib
+import json
 import pathlib
 import sys
 import textwrap
@@ -191,3 +192,35 @@ def test_every_workload_is_found_by_its_name(monkeypatch):
         assert contenders.issuperset(workload.baselines)
         for contender in workload.contenders:
             assert set(contender.targets) <= set(workload.baselines)
+
+
+def test_the_peer_is_told_what_a_run_of_ours_does(monkeypatch, tmp_path):
+    learning = _module(monkeypatch, FOLDER, "learning")
+    options = learning.Options(data="digits", peers=tmp_path / "python", examples=100)
+    specs = {}
+    for method in learning.METHODS:
+        of_method = learning.dataclasses.replace(options, method=method)
+        peer = learning.Peer(of_method, tmp_path)
+        specs[method] = json.loads(json.dumps(peer.spec(seed=3, steps=40)))
+    for method, spec in specs.items():
+        rates = spec["learning_rates"]
+        assert (spec["method"], spec["seed"]) == (method, 3) and len(rates) == 40
+        assert max(rates) == pytest.approx(spec["peak_rate"], rel=0.01)
+        assert all(view["size"] == 8 for view in spec["views"])
+    assert specs["vicreg"]["projector"]["widths"] == [512, 512, 512]
+    assert specs["vicreg"]["backbone"]["zero_init"] is False
+    assert specs["simsiam"]["constant_rate"] == ["predictor"]
+    assert specs["simsiam"]["momenta"] is None and len(specs["byol"]["momenta"]) == 40
+    assert specs["dino"]["prototypes"] == 1024 and specs["dino"]["frozen_steps"]
+
+
+def test_a_table_has_means_and_spreads(monkeypatch):
+    learning = _module(monkeypatch, FOLDER, "learning")
+    run = {"steps": 40, "images_per_second": 500.0, "training_seconds": 10.0}
+    figures = {"knn_untrained": 0.3, "linear": 0.5, "linear_untrained": 0.4}
+    rows = [{**run, **figures, "knn": knn} for knn in (0.41, 0.43)]
+    table = learning.table(
+        learning.Options(data="digits"), {"ours": rows, "theirs": []}
+    )
+    assert "| ours | 40 | 500 | 10 s | 42.0 (41.0 to 43.0) | 30.0 (30.0 to" in table
+    assert "theirs" not in table and "2 seeds" in table

@@ -298,7 +298,7 @@ def checkout(revision: str) -> Iterator[Path]:
 def table(options: Options, rows: dict[str, list[dict[str, Any]]]) -> str:
     """Means and spreads as Markdown."""
     lines = [
-        "| | steps | images/s | training | kNN | untrained | linear probe | untrained |",
+        "| | steps | images/s | training | kNN | untrained | linear | untrained |",
         "|" + "---|" * 8,
     ]
     for name, of_name in rows.items():

@@ -72,6 +72,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images):
+        """(N, C, H, W) -> (N, features)."""
         return self.layers(images).mean((2, 3))
 
 
@@ -130,15 +131,18 @@ class Network(nn.Module):
             weight.data.copy_(F.normalize(weight.data, dim=1))
 
     def embed(self, images):
+        """(N, C, H, W) -> (N, D), behind the projector."""
         features = self.backbone(images)
         return features if self.projector is None else self.projector(features)
 
     def score(self, embedding):
+        """(N, D) -> (N, K) by the prototypes, if there are any."""
         if self.prototypes is None:
             return embedding
         return self.prototypes(F.normalize(embedding, dim=1))
 
     def predict(self, embedding):
+        """(N, D) -> (N, D) by the predictor, if there is one."""
         return embedding if self.predictor is None else self.predictor(embedding)
 
 
@@ -195,11 +199,13 @@ class Queue:
         self.rows = torch.zeros(2, length, width)
 
     def scores(self, network):
+        """The scores of both views' rows, once all of them are filled."""
         if not bool(self.rows[:, -1].any()):
             return None
         return [network.score(rows) for rows in self.rows]
 
     def push(self, embeddings):
+        """Two views' (N, D) take the place of the oldest rows."""
         new = torch.stack([F.normalize(each, dim=1) for each in embeddings])
         self.rows = torch.cat([new, self.rows[:, : -new.shape[1]]], dim=1)
 
@@ -407,7 +413,7 @@ def endless(loader):
 
 
 def seed_worker(seed, number):
-    """lightly's operations draw from NumPy, which workers would share."""
+    """Seeds NumPy, from which lightly draws: workers would share its numbers."""
     np.random.seed(seed * 1000 + number)
     torch.set_num_threads(1)
 

@@ -84,7 +84,9 @@ class DINO(Method):
             widths,
             hidden_norm=self.head_norm,
             activation="gelu",
-            kernel_init="truncated_normal",
+            # So small that behind narrow features the normalization's eps outweighs
+            # what tells images apart.
+            kernel_init="uniform" if self.head_norm else "truncated_normal",
         )
 
     def make_prototypes(self) -> nn.Module:
