@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jemjax.models import resnet18, resnet34, resnet50
+from jemjax.models import resnet18, resnet34, resnet50, resnet_narrow
 from jemjax.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -64,6 +64,10 @@ def test_residual_branches_start_at_zero(key, block):
     x = jax.random.normal(key, (2, 4, 4, 4))
     y, _ = module.init_with_output(key, x, train=True)
     np.testing.assert_array_equal(y, jax.nn.relu(x))
+    # But in the narrow network, which has three blocks and little time.
+    y, _ = module.clone(zero_init=False).init_with_output(key, x, train=True)
+    assert np.abs(y - jax.nn.relu(x)).max() > 0.1
+    assert not resnet_narrow().zero_init
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jemjax.models import ViT, vit_base, vit_small, vit_tiny
+from jemjax.models import ViT, vit_base, vit_narrow, vit_small, vit_tiny
 
 TINY = ViT(patch_size=4, image_size=16, width=12, depth=2, num_heads=2)
 
@@ -271,6 +271,14 @@ def test_initial_values(key, images):
         np.testing.assert_array_equal(block[name], np.full(12, 1e-4, np.float32))
 
 
+def test_blocks_of_a_narrow_network_begin_by_their_width(key):
+    model = vit_narrow(patch_size=2, image_size=8, depth=1)
+    init = jax.jit(functools.partial(model.init, train=True))
+    block = init(key, jnp.zeros((1, 8, 8, 3)))["params"]["blocks_0"]
+    for name, fan_in in (("qkv", 96), ("mlp_output", 384)):
+        np.testing.assert_allclose(jnp.std(block[name]["kernel"]), fan_in**-0.5, 0.05)
+
+
 def test_layer_scale_multiplies_branches(images):
     model = TINY.clone(layer_scale=1e-4)
     variables = _random_variables(model)
@@ -331,6 +339,7 @@ MASK = jnp.zeros((2, 16), bool)
         ({"num_heads": 5}, IMAGES, {}, "width: got 12, expected a multiple"),
         ({"drop_path": 1.0}, IMAGES, {}, "drop_path: got 1.0"),
         ({"pooling": "max"}, IMAGES, {}, "pooling: got 'max'"),
+        ({"kernel_init": "small"}, IMAGES, {}, "kernel_init: got 'small'"),
         ({"patch_size": 0}, IMAGES, {}, "patch_size: got 0"),
         ({"depth": 0}, IMAGES, {}, "depth: got 0"),
     ],
