@@ -44,7 +44,7 @@ class MoCo(Method):
 
     name: ClassVar[str] = "moco"
     collapse_hint: ClassVar[str] = (
-        "lower --temperature or --optimizer.learning-rate, or raise --target- "
+        "lower --temperature or --optimizer.learning-rate, or raise --target-"
         "momentum, so that the keys of the queue stay consistent"
     )
     # The first view is the query, the second the key.

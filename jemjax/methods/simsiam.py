@@ -35,7 +35,7 @@ class SimSiam(Method):
 
     name: ClassVar[str] = "simsiam"
     collapse_hint: ClassVar[str] = (
-        "keep --predictor and --target stop-gradient, or lower --optimizer.learning- "
+        "keep --predictor and --target stop-gradient, or lower --optimizer.learning-"
         "rate"
     )
     # The predictor keeps its learning rate, so that it stays ahead of what it predicts.

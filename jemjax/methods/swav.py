@@ -40,7 +40,7 @@ class SwAV(Method):
 
     name: ClassVar[str] = "swav"
     collapse_hint: ClassVar[str] = (
-        "sharpen the assignments (--epsilon 0.03, or less), take fewer --num- "
+        "sharpen the assignments (--epsilon 0.03, or less), take fewer --num-"
         "prototypes than there are images in a batch and its queue, or lower "
         "--optimizer.learning-rate"
     )

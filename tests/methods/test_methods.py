@@ -1,5 +1,8 @@
 """Every method: published numbers, official scales, and what is remembered."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,8 @@ from jemjax.methods import (
     SwAV,
 )
 from jemjax.models import MaskedTokens, Outputs
+from jemjax.training.config import PretrainConfig
+from jemjax.training.loop import advice
 
 
 def test_the_command_line_knows_every_method():
@@ -270,3 +275,14 @@ def test_moco_v3_compares_both_directions_without_a_predictor_too():
 def test_an_image_of_dino_falls_in_a_cluster_by_its_centered_scores():
     scores, center = jnp.array([[3.0, 1.0]]), jnp.array([2.5, 0.0])
     assert jnp.argmax(DINO().cluster_scores(scores, {"center": center})) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_helps_against_collapse_names_options_that_there_are(name):
+    config = PretrainConfig(METHODS[name]())
+    flags = re.findall(r"--[a-z.-]+[a-z]", advice(config.method))
+    assert flags
+    for flag in flags:
+        *path, last = flag.removeprefix("--").replace("-", "_").split(".")
+        holder = functools.reduce(getattr, path, config)
+        assert hasattr(holder, last) or hasattr(config.method, last), flag
