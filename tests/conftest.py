@@ -4,6 +4,11 @@ import os
 import pathlib
 import tempfile
 
+# Most of the time would be compilation. LLVM's optimizations are left out, of programs
+# that tests start too; XLA's own are not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 keeps them,
+# as CI does for the golden values, the contract and a run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import numpy as np
 import pytest
@@ -27,14 +32,6 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 @pytest.fixture
 def key():
     return jax.random.key(0)
-
-
-@pytest.fixture
-def quick_programs():
-    """Programs compile several times as fast, and run slower."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -47,13 +47,13 @@ def _short(method):
     return jax.device_get(metrics), run
 
 
-def test_dino_learns_soon(quick_programs):
+def test_dino_learns_soon():
     metrics, run = _short(DINO())
     assert metrics["loss"] < 0.985 * run.collapsed_loss()
     assert metrics["embedding_std"] > 0.2 / 128**0.5
 
 
-def test_dino_collapses_with_the_head_of_version_0_1_0(quick_programs):
+def test_dino_collapses_with_the_head_of_version_0_1_0():
     metrics, run = _short(DINO(head_norm=False))
     assert metrics["loss"] == pytest.approx(run.collapsed_loss(), rel=1e-3)
     assert metrics["embedding_std"] < 0.05 / 128**0.5

@@ -118,7 +118,7 @@ def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
     )
 
 
-def test_minutes_choose_the_steps_once(tmp_path, quick_programs, monkeypatch):
+def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     one_device = functools.partial(make_mesh, 1)
     monkeypatch.setattr("jemjax.training.run.make_mesh", one_device)
     config = PretrainConfig(
