@@ -7,7 +7,7 @@ prepare_process()  # before jax starts
 import tyro  # noqa: E402
 
 from jemjax.cli import reporting_errors  # noqa: E402
-from jemjax.training.config import PretrainConfig  # noqa: E402
+from jemjax.training.config import PretrainConfig, with_given_length  # noqa: E402
 from jemjax.training.hosts import leaving_at_once  # noqa: E402
 from jemjax.training.loop import pretrain  # noqa: E402
 
@@ -17,4 +17,4 @@ def run(recipe: PretrainConfig) -> None:
     with reporting_errors():
         config = tyro.cli(PretrainConfig, default=recipe)
         with leaving_at_once():
-            pretrain(config)
+            pretrain(with_given_length(config, recipe))

@@ -54,7 +54,8 @@ class Options:
 def run(options: Options, method: str, backbone: str, seed: int) -> Results:
     """Trains, unless it was done before; returns what `results.json` holds."""
     folder = options.output / "-".join(filter(None, (method, backbone, str(seed))))
-    if not (folder / "results.json").exists():
+    done = folder / "results.json"
+    if not done.exists():
         command = [sys.executable, "-m", "jemjax.cli", "pretrain", method, "--resume"]
         command += ["--data", options.data, "--output", str(folder)]
         command += ["--seed", str(seed)]
@@ -66,7 +67,16 @@ def run(options: Options, method: str, backbone: str, seed: int) -> Results:
         command += ["--backbone", backbone] if backbone else []
         command += ["--data-dir", options.data_dir] if options.data_dir else []
         subprocess.run(command, check=True)
-    return json.loads((folder / "results.json").read_text())
+    results = json.loads(done.read_text())
+    asked = {"method": method, "data": options.data}
+    asked |= {} if options.minutes else {"steps": options.steps}
+    for name, value in asked.items():
+        if results[name] != value:
+            sys.exit(
+                f"{folder}: got {name} {results[name]}, expected {value}: choose"
+                " another --output"
+            )
+    return results
 
 
 def _mean(runs: list[Results], figure: Callable[[Results], float], form: str) -> str:
@@ -104,9 +114,10 @@ def table(rows: dict[str, list[Results]]) -> str:
     for name, runs in rows.items():
         cells = (
             name,
-            _mean(runs[:1], lambda r: r["steps"], ",d"),
-            _mean(runs[:1], lambda r: r["training_seconds"], ".0f") + " s",
-            _mean(runs[:1], lambda r: r["images_per_second"], ".0f"),
+            _mean(runs, lambda r: r["steps"], ",.0f"),
+            # Of a run that was resumed, what was left of it.
+            _mean(runs, lambda r: r.get("training_seconds", 0), ",.0f") + " s",
+            _mean(runs, lambda r: r.get("images_per_second", 0), ",.0f"),
             f"**{_mean(runs, lambda r: r['knn']['trained'], '.1%')}**",
             _mean(runs, lambda r: r["knn"]["untrained"], ".1%"),
             _mean(runs[:1], lambda r: r["knn"]["pixels"], ".1%"),

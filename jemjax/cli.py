@@ -139,19 +139,20 @@ def _pretrain(arguments: list[str]) -> None:
     # VICReg's word for a projector to more dimensions.
     arguments = [re.sub(r"^--expander(?=$|=)", "--projector", a) for a in arguments]
     with _importing("pretrain"):
-        from jemjax.training.config import PretrainConfig
+        from jemjax.training.config import PretrainConfig, with_given_length
         from jemjax.training.hosts import leaving_at_once
         from jemjax.training.loop import pretrain
+    default = _read_config(path, name)
     config = _parse(
         PretrainConfig,
         f"pretrain {name}",
         arguments,
-        default=_read_config(path, name),
+        default=default,
         description=f"Trains a network with {name}, and measures what it learned."
         " --config FILE reads a TOML file; options given here win over it.",
     )
     with leaving_at_once():
-        pretrain(config)
+        pretrain(with_given_length(config, default))
 
 
 def _preview(arguments: list[str]) -> None:

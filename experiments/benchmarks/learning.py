@@ -3,7 +3,7 @@
 python experiments/benchmarks/learning.py --data folder:PATH --method vicreg \
     --steps 361 --seeds 3 --peers PEERS/bin/python
 python experiments/benchmarks/learning.py --data folder:PATH --method simclr \
-    --minutes 4 --against v0.1.0 --peers PEERS/bin/python
+    --minutes 4 --against HEAD~20 --peers PEERS/bin/python
 
 Both train the same network with the same heads, views, batch size, optimizer and
 schedule on the same images; what jemjax resolves a configuration to is what the peer
@@ -172,10 +172,7 @@ class Peer:
         backbone: Any = network.backbone  # type: ignore[attr-defined]
         if not isinstance(backbone, ResNet):
             raise harness.Failed(f"backbone: got {config.backbone}, expected a ResNet")
-        if options.name != "adamw" or options.final_weight_decay is not None:
-            raise harness.Failed("optimizer: expected adamw of constant weight decay")
-        if config.image_size != self.train.image_shape[0] or run.recipe.mask:
-            raise harness.Failed("views: expected the images' size, and no masks")
+        self._refuse(config, run.recipe)
         rates = jax.vmap(run.schedule)(np.arange(steps))
         momenta = None
         if method.target == "momentum":
@@ -201,7 +198,8 @@ class Peer:
             "predictor": _head(network.predictor),  # type: ignore[attr-defined]
             "prototypes": prototypes.num_prototypes if prototypes else None,
             "views": [dataclasses.asdict(view) for view in run.recipe.views],
-            "num_global": run.recipe.num_global,
+            "online_views": method.online_views or list(range(len(run.recipe.views))),
+            "target_views": method.target_views or list(range(run.recipe.num_global)),
             "views_together": method.views_together,
             "own_target_init": method.own_target_init,
             "measured": method.measured,
@@ -222,6 +220,39 @@ class Peer:
             },
         }
 
+    def _refuse(self, config: Any, recipe: Any) -> None:
+        """What jemjax would do, and the peer would not."""
+        usual, optimizer = type(config.method)(), config.optimizer
+        wanted = {
+            "image_size": (config.image_size, self.train.image_shape[0]),
+            "compute_dtype": (config.compute_dtype, "float32"),
+            "accumulate": (config.accumulate, 1),
+            "views.mask": (recipe.mask, None),
+            "optimizer.name": (optimizer.name, "adamw"),
+            "optimizer.final_weight_decay": (optimizer.final_weight_decay, None),
+            "optimizer.bias_rate": (optimizer.bias_rate, 1.0),
+        }
+        for view in recipe.views:
+            wanted["views.color"] = (view.color, "faithful")
+            wanted["views' arithmetic"] = (view.arithmetic, "torchvision")
+        for name in (
+            "target",
+            "learn_last_scale",
+            "warmup_teacher_epochs",
+            "gamma",
+            "eps",
+        ):
+            if hasattr(usual, name):
+                value = getattr(config.method, name)
+                wanted[f"method.{name}"] = (value, getattr(usual, name))
+        if config.method.name == "swav" and not config.method.queue_length:
+            wanted["method.queue_length"] = (0, "some")
+        for name, (got, expected) in wanted.items():
+            if got != expected:
+                raise harness.Failed(
+                    f"{name}: got {got}, expected {expected}: the peer has no other"
+                )
+
     def run(self, seed: int, steps: int, timed: bool = False) -> dict[str, Any]:
         """A training in the peers' environment, and its measurements."""
         from jemjax.training.features import Embedded, Made
@@ -231,13 +262,14 @@ class Peer:
         if timed:
             spec["timed_steps"] = steps
         path, output = self.folder / "spec.json", self.folder / "trained"
+        environment = {**os.environ, **harness.ALLOCATOR}  # jemjax sets its own alike
         path.write_text(json.dumps(spec))
         finished = subprocess.run(
             [str(self.options.peers), str(PEER), str(path), str(self.arrays), output],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
         )
         if finished.returncode:
             *_, last = ["no message", *finished.stdout.strip().splitlines()]
@@ -333,7 +365,13 @@ def _figure(values: list[float]) -> str:
 
 
 def main(options: Options) -> None:
-    """Trains the contenders in turns, and prints the table after each."""
+    """Trains the contenders in turns, and prints the table after each seed."""
+    kind, _, path = options.data.partition(":")
+    if kind == "folder":  # an earlier state runs in a folder of its own
+        data = f"folder:{Path(path).expanduser().absolute()}"
+        options = dataclasses.replace(options, data=data)
+    if options.config is not None:
+        options = dataclasses.replace(options, config=options.config.absolute())
     with contextlib.ExitStack() as stack:
         contenders: dict[str, Any] = {
             "jemjax": lambda seed, steps, timed: run_jemjax(ROOT, options, seed, steps)
@@ -365,7 +403,7 @@ def main(options: Options) -> None:
                 (options.output / "results.md").write_text(text + "\n")
                 everything = json.dumps({**about, "runs": rows}, indent=1)
                 (options.output / "results.json").write_text(everything + "\n")
-        print(table(options, rows))
+            print(table(options, rows) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -232,7 +233,7 @@ def make_loss(spec, network):
     if name == "moco":
         size = (hyper["queue_length"], spec["projector"]["widths"][-1])
         compare = lightly_loss.NTXentLoss(hyper["temperature"], memory_bank_size=size)
-        return lambda online, target, step: compare(online[0], target[1])
+        return lambda online, target, step: compare(online[0], target[0])
     if name in ("byol", "simsiam"):
         compare = lightly_loss.NegativeCosineSimilarity()
 
@@ -266,7 +267,7 @@ def make_loss(spec, network):
             center_momentum=hyper["center_momentum"],
         )
         return lambda online, target, step: compare(
-            target[: spec["num_global"]], [network.score(each) for each in online]
+            target, [network.score(each) for each in online]
         )
     raise ValueError(f"method: got {name!r}, of which lightly has no loss")
 
@@ -353,7 +354,7 @@ def train(spec, arrays, timed_steps=None):
         batch_size=spec["batch_size"],
         shuffle=True,
         drop_last=True,
-        num_workers=2,
+        num_workers=os.cpu_count() or 1,
         persistent_workers=True,
         worker_init_fn=functools.partial(seed_worker, spec["seed"]),
     )
@@ -365,13 +366,16 @@ def train(spec, arrays, timed_steps=None):
         views = next(batches)
         if step == min(5, total - 1):  # the workers run, and what is made once is
             began, begun_at = time.monotonic(), step
-        online = embed_views(network, views, spec["views_together"])
+        seen, aimed_at = (
+            [views[number] for number in spec[f"{branch}_views"]]
+            for branch in ("online", "target")
+        )
+        online = embed_views(network, seen, spec["views_together"])
         with torch.no_grad():
             if target is None:
                 other = [each.detach() for each in online]
             else:
-                seen = views[: spec["num_global"]]
-                other = embed_views(target, seen, spec["views_together"])
+                other = embed_views(target, aimed_at, spec["views_together"])
                 other = [target.score(each) for each in other]
         value = compare(online, other, step)
         optimizer.zero_grad()

@@ -38,9 +38,9 @@ class DINO(Method):
 
     name: ClassVar[str] = "dino"
     collapse_hint: ClassVar[str] = (
-        "normalize the head (--head-norm), lower --optimizer.learning-rate, train the "
-        "last layer from the start (--freeze-last-layer 0), or sharpen the target "
-        "(--teacher-temperature 0.02)"
+        "normalize the head (--head-norm batch), lower --optimizer.learning-rate, "
+        "train the last layer from the start (--freeze-last-layer 0), or sharpen the "
+        "target (--teacher-temperature 0.02)"
     )
     views_together: ClassVar[bool] = True
     measured: ClassVar[Literal["online", "target"]] = "target"
@@ -58,8 +58,8 @@ class DINO(Method):
     """epochs in which it rises, linearly"""
     center_momentum: float = 0.9
     """of the mean that is subtracted from the target's logits"""
-    head_norm: bool | None = None
-    """whether batch normalization follows the head's hidden layers"""
+    head_norm: Literal["batch", "none"] | None = None
+    """normalization behind the head's hidden layers"""
     learn_last_scale: bool = False
     """whether the last layer's rows have a trained length, instead of 1"""
     freeze_last_layer: float = 1.0
@@ -75,18 +75,18 @@ class DINO(Method):
             return dino_small(image_size, num_local=self.local_views)
         return dino_imagenet(image_size, num_local=self.local_views)
 
-    # What embeds a view? A head without batch normalization, of which the last layer is
-    # the cosine to each output's unit vector.
+    # What embeds a view? A head, of which the last layer is the cosine to each output's
+    # unit vector. For photographs it has no batch normalization.
     def make_projector(self, widths: tuple[int, ...]) -> nn.Module:
-        """Linear, GELU, Linear, GELU, and a Linear bottleneck."""
+        """Linear, maybe BatchNorm, and GELU, twice, and a Linear bottleneck."""
         assert self.head_norm is not None
         return MLPHead(
             widths,
-            hidden_norm=self.head_norm,
+            hidden_norm=self.head_norm == "batch",
             activation="gelu",
-            # So small that behind narrow features the normalization's eps outweighs
-            # what tells images apart.
-            kernel_init="uniform" if self.head_norm else "truncated_normal",
+            # The published kernels are so small that, behind narrow features, the
+            # normalization's eps outweighs what tells images apart.
+            kernel_init="uniform" if self.head_norm == "batch" else "truncated_normal",
         )
 
     def make_prototypes(self) -> nn.Module:
@@ -183,7 +183,7 @@ class DINO(Method):
                 {
                     "projector": (512, 512, 128),
                     "num_prototypes": 1024,
-                    "head_norm": True,
+                    "head_norm": "batch",
                     "target_momentum": 0.99,
                     "local_views": 0,
                 },
@@ -209,7 +209,7 @@ class DINO(Method):
             hyper={
                 "projector": (2048, 2048, 256),
                 "num_prototypes": 65536,
-                "head_norm": False,
+                "head_norm": "none",
                 "target_momentum": 0.996,
                 "local_views": 8,
             },

@@ -316,6 +316,19 @@ def resolve(
     return resolved
 
 
+def with_given_length(config: PretrainConfig, default: PretrainConfig):
+    """A length of the run that the user gives takes the place of a file's or recipe's.
+
+    Args:
+        config: with what the user gave.
+        default: without.
+    """
+    lengths = ("steps", "epochs", "minutes")
+    given = [n for n in lengths if getattr(config, n) != getattr(default, n)]
+    others = {name: None for name in lengths if name not in given}
+    return dataclasses.replace(config, **others) if given else config
+
+
 def default_output(config: PretrainConfig) -> str:
     """The folder of a run that is given none."""
     name = config.data.split(":")[-1].rstrip("/").split("/")[-1]

@@ -1,7 +1,9 @@
 """How many steps a run takes that is to last some minutes."""
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,35 +11,42 @@ from pathlib import Path
 import jax
 
 from jemjax.data import Source, batches
+from jemjax.errors import UserError
 from jemjax.training.config import PretrainConfig, default_output, resolve
-from jemjax.training.hosts import of_first
+from jemjax.training.hosts import is_first, of_first
 from jemjax.training.output import load_config
 from jemjax.training.run import Run, build
 
-# Steps that are taken before any is timed: the first compiles, and loaders start.
-WARM_UP = 3
+# Steps that are taken before any is timed: the first compiles, and batches that were
+# made meanwhile are used up.
+WARM_UP = 2 + min(16, os.cpu_count() or 1)
 # After so many steps the clock is read; the time is enough from so many seconds on.
 TURNS, SECONDS = (5, 10, 20, 40, 80, 160), 8.0
 
 
 def as_begun(config: PretrainConfig, say: Callable[[str], None]) -> PretrainConfig:
     """A run that is resumed keeps the number of steps that was chosen for it."""
-    folder = Path(config.output or default_output(config))
-    if not (config.minutes and config.resume and (folder / "config.toml").exists()):
+    if not (config.minutes and config.resume) or config.steps or config.epochs:
         return config
-    steps = load_config(folder).steps
+    folder, begun = Path(config.output or default_output(config)), 0
+    if is_first() and (folder / "config.toml").exists():
+        with contextlib.suppress(UserError):  # which is told when the run is resumed
+            begun = load_config(folder).steps or 0
+    begun = int(of_first(str(begun)))
+    if not begun:
+        return config
     say(
-        f"--minutes {config.minutes:g}: {folder} was begun with {steps:,} steps, and"
+        f"--minutes {config.minutes:g}: {folder} was begun with {begun:,} steps, and"
         " goes on with them"
     )
-    return dataclasses.replace(config, minutes=None, steps=steps)
+    return dataclasses.replace(config, minutes=None, steps=begun)
 
 
 def with_steps_that_fit(
     config: PretrainConfig,
     run: Run,
     source: Source,
-    monitor: Callable[[Run], object],
+    monitor: Callable[[], object],
     say: Callable[[str], None],
 ) -> Run:
     """Times steps and a measurement, and builds the run of as many as fit.
@@ -55,21 +64,21 @@ def with_steps_that_fit(
     assert config.minutes
     per_step = _seconds_of_a_step(run, source)
     seconds = 60 * config.minutes
-    every = config.eval_every
+    told, every = f"a step takes {per_step:.3g} s here", config.eval_every
     if every != 0:
-        monitor(run)  # compiles
+        monitor()  # compiles
         began = time.monotonic()
-        monitor(run)
+        monitor()
         measuring = time.monotonic() - began
+        told += f", a measurement {measuring:.3g} s"
         if every:
             per_step += measuring / every
-        else:  # nine times, at each tenth but the last
-            seconds = max(0.5 * seconds, seconds - 9 * measuring)
+        elif 9 * measuring < seconds / 2:  # it measures after each tenth but the last
+            seconds -= 9 * measuring
+        else:
+            told += ", for which time comes on top (--eval-every 0 leaves them out)"
     steps = int(of_first(str(max(1, round(seconds / per_step)))))
-    say(
-        f"--minutes {config.minutes:g}: a step takes {per_step:.3g} s here, so"
-        f" {steps:,} steps"
-    )
+    say(f"--minutes {config.minutes:g}: {told}, so {steps:,} steps")
     chosen = dataclasses.replace(config, minutes=None, steps=steps)
     return build(resolve(chosen, source, num_devices=jax.device_count()), source)
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,9 +98,10 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
             source, test = read(source, display), read(test, display)
         if given.minutes:
             with explaining_memory(config):
-                run = with_steps_that_fit(
-                    given, run, source, _monitor_of(source, test), display.say
-                )
+                examples = choose_examples(source, test, config.eval_examples)
+                embedder = Embedder(config.method, run.network, run.recipe, run.mesh)
+                monitor = functools.partial(_monitor, embedder, examples, run.init())
+                run = with_steps_that_fit(given, run, source, monitor, display.say)
             config, about = run.config, describe_run(run.config, source)
         with together():
             if is_first():
@@ -261,7 +262,9 @@ def _train(
     )
     skipping = SkippedSteps(run.config, folder, state, display.say, checkpoints.wait)
     shown: dict[str, float] = {}
-    collapsed = False
+    explain_collapse = functools.cache(  # once
+        lambda: display.say(f"  {advice(config.method)}")
+    )
     training = 0.0  # seconds in steps, without compilation and measurements
     mark, marked, counted = time.monotonic(), first, 0
     clock = StepClock()
@@ -297,7 +300,7 @@ def _train(
                     row["unreadable_images"] = len(source.unreadable)
                 if sentence := watch.logged(step, row["loss"]):
                     display.say(f"step {step}: collapse, {sentence}")
-                    collapsed = _explain_collapse(config, display, collapsed)
+                    explain_collapse()
                 metrics_file.write(row)
                 shown = {
                     "loss": row["loss"],
@@ -316,7 +319,7 @@ def _train(
                     for sentence in row.get("collapse", ()):
                         display.say(f"step {step}: collapse, {sentence}")
                     if "collapse" in row:
-                        collapsed = _explain_collapse(config, display, collapsed)
+                        explain_collapse()
                     shown |= {"kNN": row["knn"]} if "knn" in row else {}
                     metrics_file.write({"step": step, **row})
                 mark, marked = time.monotonic(), step
@@ -344,33 +347,13 @@ def _train(
     }
 
 
-def _explain_collapse(
-    config: PretrainConfig, display: Display, explained: bool
-) -> bool:
-    """Says once what helps against a collapse of this method."""
-    if not explained:
-        display.say(f"  {advice(config.method)}")
-    return True
-
-
 def advice(method: Method) -> str:
     """What to change where a run of this method collapses, in sentences."""
     return (
         f"for {method.name}: {method.collapse_hint}. For any method: a longer warm-up"
-        " (--optimizer.warmup-epochs), weaker views (--views), images that are not"
-        " nearly all alike. In the first steps a collapse may pass"
+        " (--optimizer.warmup-epochs), weaker views (--views.no-jitter, for one),"
+        " images that are not nearly all alike. In the first steps a collapse may pass"
     )
-
-
-def _monitor_of(source: Source, test: Source) -> Callable[[Run], Any]:
-    """A measurement as during a run, of the network as it begins."""
-
-    def monitor(run: Run):
-        examples = choose_examples(source, test, run.config.eval_examples)
-        embedder = Embedder(run.config.method, run.network, run.recipe, run.mesh)
-        return _monitor(embedder, examples, run.init())
-
-    return monitor
 
 
 def _monitor(embedder: Embedder, examples: Examples, state: TrainState):

@@ -104,4 +104,23 @@ def load_config(folder: Path) -> PretrainConfig:
         raise UserError(
             f"{path}: unknown method {name!r}, expected {', '.join(METHODS)}"
         )
-    return from_toml(path, PretrainConfig(method=METHODS[name]()))
+    config = from_toml(path, PretrainConfig(method=METHODS[name]()))
+    _check_complete(config, path)
+    return config
+
+
+def _check_complete(config: PretrainConfig, path: Path) -> None:
+    """Refuses a file of an earlier version, which lacks what a method now needs."""
+    size, batch_size = config.image_size, config.batch_size
+    if not size or not batch_size:
+        raise UserError(f"{path}: lacks image_size or batch_size; is it a run's own?")
+    resolved = config.method.resolve(size, batch_size, batch_size)
+    for field in dataclasses.fields(resolved):
+        if getattr(config.method, field.name) is None:
+            needed = getattr(resolved, field.name)
+            if needed is not None:
+                raise UserError(
+                    f"{path}: lacks method.{field.name}, which this version needs; add"
+                    f" it as the run was begun (now it would be {needed!r}), or use the"
+                    " version that began the run"
+                )

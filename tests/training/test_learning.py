@@ -54,7 +54,7 @@ def test_dino_learns_soon():
 
 
 def test_dino_collapses_with_the_head_of_version_0_1_0():
-    metrics, run = _short(DINO(head_norm=False))
+    metrics, run = _short(DINO(head_norm="none"))
     assert metrics["loss"] == pytest.approx(run.collapsed_loss(), rel=1e-3)
     assert metrics["embedding_std"] < 0.05 / 128**0.5
     assert "--head-norm" in run.config.method.collapse_hint

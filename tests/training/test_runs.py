@@ -18,13 +18,19 @@ from PIL import Image
 from rich.console import Console
 
 from jemjax.cli import METHOD_NAMES, main
+from jemjax.data import open_data
 from jemjax.errors import DataError, UserError
-from jemjax.methods import VICReg
-from jemjax.training import loop
-from jemjax.training.config import PretrainConfig
+from jemjax.methods import DINO, VICReg
+from jemjax.training import duration, loop
+from jemjax.training.config import (
+    PretrainConfig,
+    resolve,
+    to_toml,
+    with_given_length,
+)
 from jemjax.training.mesh import make_mesh
 from jemjax.training.metrics import Display, MetricsFile, read_metrics, replacing
-from jemjax.training.output import check_folder
+from jemjax.training.output import check_folder, load_config
 
 # A network and a run so small that compilation is most of the time.
 TINY = [
@@ -121,9 +127,17 @@ def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
 def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     one_device = functools.partial(make_mesh, 1)
     monkeypatch.setattr("jemjax.training.run.make_mesh", one_device)
+    timed = duration._seconds_of_a_step
+
+    def a_twentieth(run, source):
+        assert timed(run, source) > 0
+        return 0.05
+
+    monkeypatch.setattr(duration, "_seconds_of_a_step", a_twentieth)
     config = PretrainConfig(
         VICReg(projector=(64,)),
-        minutes=0.002,
+        minutes=0.01,
+        eval_every=0,
         batch_size=64,
         final_examples=200,
         output=str(tmp_path / "run"),
@@ -131,14 +145,30 @@ def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     )
     said = io.StringIO()
     results = loop.pretrain(config, Display(Console(file=said, width=200)))
-    steps = results["steps"]
-    assert f"so {steps:,} steps" in said.getvalue()
+    assert results["steps"] == 12  # 0.6 seconds
+    assert "a step takes 0.05 s here, so 12 steps" in said.getvalue()
     written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
-    assert written["steps"] == steps and "minutes" not in written
+    assert written["steps"] == 12 and "minutes" not in written
     # A machine that is faster or slower now does not change the run.
+    monkeypatch.setattr(duration, "_seconds_of_a_step", None)
     again = loop.pretrain(config, Display(Console(file=said, width=200)))
-    assert f"begun with {steps:,} steps" in said.getvalue()
+    assert "begun with 12 steps" in said.getvalue()
     assert again["state_sha256"] == results["state_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"minutes": 3.0}, (None, None, 3.0)),
+        ({"steps": 9}, (9, None, None)),
+        ({"seed": 1}, (5, 0.1, None)),
+        ({"steps": 9, "minutes": 3.0}, (9, None, 3.0)),  # refused later
+    ],
+)
+def test_a_given_length_takes_the_place_of_a_files(given, expected):
+    default = PretrainConfig(VICReg(), steps=5, epochs=0.1)
+    config = with_given_length(dataclasses.replace(default, **given), default)
+    assert (config.steps, config.epochs, config.minutes) == expected
 
 
 @pytest.mark.parametrize("other", [{"steps": 5}, {"epochs": 1.0}])
@@ -146,6 +176,18 @@ def test_minutes_and_another_length_exclude_each_other(other, tmp_path):
     config = PretrainConfig(VICReg(), minutes=1.0, **other)
     with pytest.raises(UserError, match="--minutes excludes"):
         loop.pretrain(config, Display(quiet=True))
+
+
+def test_a_run_of_an_earlier_version_is_told_what_its_file_lacks(tmp_path):
+    digits = open_data("digits", split="train")
+    text = to_toml(resolve(PretrainConfig(DINO()), digits))
+    assert 'head_norm = "batch"\n' in text
+    (tmp_path / "config.toml").write_text(text)
+    assert load_config(tmp_path).method == DINO().resolve(8, 128, len(digits))
+    text = text.replace('head_norm = "batch"\n', "")
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(UserError, match="lacks method.head_norm, which this version"):
+        load_config(tmp_path)
 
 
 def _kill_and_resume(method, options, folder):
