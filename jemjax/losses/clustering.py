@@ -289,7 +289,7 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         columns = prototypes(rows)
     plan = kernel[skip:]
-    return plan * columns * _reciprocal(row_sums(plan, columns))[:, None]
+    return plan * columns[None] * _reciprocal(row_sums(plan, columns))[:, None]
 
 
 def _reciprocal(x):
@@ -306,11 +306,11 @@ def _by_logarithms(scores, shift, epsilon, *, skip, num_iterations, axis_name):
     def prototypes(rows):  # (N,) -> (K,)
         moved = scores + rows[:, None]
         largest = pmax(jnp.max(moved, axis=0), axis_name)
-        mean = batch_mean(jnp.exp((moved - largest) / epsilon), axis_name)
+        mean = batch_mean(jnp.exp((moved - largest[None]) / epsilon), axis_name)
         return -(largest + epsilon * jnp.log(mean))
 
     def iterate(_, rows):  # (N,) -> (N,)
-        moved = scores + prototypes(rows)
+        moved = scores + prototypes(rows)[None]
         largest = lax.stop_gradient(jnp.max(moved, axis=1))
         mean = jnp.mean(jnp.exp((moved - largest[:, None]) / epsilon), axis=1)
         return -(largest + epsilon * jnp.log(mean))
@@ -319,7 +319,7 @@ def _by_logarithms(scores, shift, epsilon, *, skip, num_iterations, axis_name):
     if num_iterations > 0:
         rows = jnp.zeros_like(scores[:, 0])
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
-        plan = plan + prototypes(rows)
+        plan = plan + prototypes(rows)[None]
     largest = lax.stop_gradient(jnp.max(plan, axis=1, keepdims=True))
     return jax.nn.softmax((plan - largest) / epsilon, axis=1)
 

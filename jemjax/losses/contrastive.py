@@ -276,7 +276,7 @@ def _stacked(u, v, axis_name):
 def _own_columns(x, columns, axis_name):
     """Where the rows of a shard are among those of the global batch: (N, columns)."""
     rows = first_row(x, axis_name) + jnp.arange(x.shape[0], dtype=jnp.int32)
-    return jnp.arange(columns, dtype=jnp.int32) == rows[:, None]
+    return jnp.arange(columns, dtype=jnp.int32)[None] == rows[:, None]
 
 
 def _entry(cosines, where):

@@ -475,7 +475,7 @@ def _moments_and_gradient(h, normalizer, centered, axis_name):
     def gradient():
         (of_products,) = gradients()
         if form != "sum":
-            of_products = of_products - rows * (4.0 * diagonal)
+            of_products = of_products - rows * (4.0 * diagonal[None])
         return scale * scale * of_products
 
     return squares, penalty, rows, gradient

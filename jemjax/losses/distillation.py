@@ -143,7 +143,7 @@ def dino(
         )
     if check_flag("stop_gradient", stop_gradient):
         teacher, teacher_temperature = lax.stop_gradient((teacher, teacher_temperature))
-    teacher = teacher - lax.stop_gradient(center)
+    teacher = teacher - lax.stop_gradient(center)[None, None]
     targets = _softmax(teacher, teacher_temperature)  # (G, N, K)
     logits = jnp.asarray(student_logits)  # read as given: bfloat16 is not copied
     return cross_entropy_of_views(logits, targets, student_temperature, axis_name)
@@ -199,14 +199,21 @@ def _sum_over_views_jvp(scale, together, primals, tangents):
     A block stays in a CPU's cache, and no softmax of all the views is kept.
     """
     logits, targets, temperature = primals
-    constant = [isinstance(tangent, SymbolicZero) for tangent in tangents]
-    if not all(constant[1:]) or together == logits.shape[1]:
-        tangents = [
-            jnp.zeros(tangent.shape, tangent.dtype) if zero else tangent
-            for tangent, zero in zip(tangents, constant, strict=True)
-        ]
-        plain = functools.partial(_sum_over_views.fun, scale=scale, together=together)
-        return jax.jvp(plain, tuple(primals), tuple(tangents))
+    varied = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+    if varied != [0] or together == logits.shape[1]:
+
+        def plain(*changed):
+            arrays = list(primals)
+            for index, array in zip(varied, changed, strict=True):
+                arrays[index] = array
+            total, _ = _sum_and_gradient(*arrays)
+            return scale * total
+
+        # Of those that vary alone: zeros made here as tangents of the others would not
+        # be known to vary over a mesh's axes, as the others do.
+        return jax.jvp(
+            plain, [primals[i] for i in varied], [tangents[i] for i in varied]
+        )
 
     def replace(array, first):
         own, target = (
@@ -231,7 +238,7 @@ def _sum_and_gradient(logits, targets, temperature):
     value, gradient = _entropy_and_gradient(logits[:assigned], others, temperature)
     total, gradients = jnp.sum(value), [gradient]
     if logits.shape[0] > assigned:
-        local = _entropy_and_gradient(logits[assigned:], every, temperature)
+        local = _entropy_and_gradient(logits[assigned:], every[None], temperature)
         total, gradients = total + jnp.sum(local[0]), [gradient, local[1]]
     return total, gradients
 

@@ -23,12 +23,12 @@ def center(x: jax.Array, axis_name: AxisName) -> jax.Array:
     Returns:
         (N, ...) centered rows; infinite, never NaN, where a difference overflows.
     """
-    shifted = x - pmax(jnp.max(x, axis=0), axis_name)
+    shifted = x - pmax(jnp.max(x, axis=0, keepdims=True), axis_name)
     mean = batch_mean(shifted, axis_name)  # (...)
     # Where finite numbers differ by more than the dtype's range, a difference is minus
     # infinity, and so is the mean: without it, there is no NaN.
     overflown = jnp.isneginf(mean) & ~jnp.isneginf(jnp.min(x, axis=0))
-    return shifted - jnp.where(overflown, 0.0, mean)
+    return shifted - jnp.where(overflown, 0.0, mean)[None]
 
 
 def std(variance: jax.Array, eps: jax.Array | float) -> jax.Array:
@@ -61,9 +61,9 @@ def standardize(x: jax.Array, eps: jax.Array | float, axis_name: AxisName) -> ja
     # Large columns are divided by their largest entry, so that squares do not overflow.
     # The result does not depend on this scale, so it is a constant.
     scale = jnp.maximum(pmax(jnp.max(jnp.abs(centered), axis=0), axis_name), 1.0)
-    scaled = centered / scale
+    scaled = centered / scale[None]
     variance = batch_mean(jnp.square(scaled), axis_name)
-    return scaled / std(variance, eps / scale / scale)
+    return scaled / std(variance, eps / scale / scale)[None]
 
 
 def normalize_rows(x: jax.Array, given: Any) -> jax.Array:

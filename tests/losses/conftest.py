@@ -1,4 +1,4 @@
-"""No promotion of one dtype to another that the losses do not write themselves."""
+"""No promotion of dtypes or ranks that the losses do not write themselves."""
 
 import jax
 import pytest
@@ -6,5 +6,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 from losses.table import NATURAL, TABLE
 
 from jemjax import losses
@@ -68,6 +69,54 @@ def test_gradients_made_block_by_block(monkeypatch, name):
     monkeypatch.setattr(distillation, "_BLOCK", 1)  # a row: a device has two here
     contexts = ("shard_map of grad", "grad of shard_map, Explicit", "vmap")
     _check_natural(name, contexts=contexts, devices=8)
+
+
+def _scanned(function):
+    """As the step of a loop."""
+
+    def run(*arrays):
+        return jax.lax.scan(lambda *_: (None, function(*arrays)), None, None, 1)[1][0]
+
+    return run
+
+
+def _chosen(function):
+    return lambda *arrays: jax.lax.cond(True, function, function, *arrays)
+
+
+THROUGH = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": _scanned,
+    "cond": _chosen,
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("name", NATURAL)
+def test_gradients_through_other_transformations(name, through, axis_type):
+    """Of two axes, inside and outside of `shard_map`; to trace them is enough."""
+    loss, shapes, promises = NATURAL[name]
+    axes = promises["batch_axes"]
+    axes = (axes,) * len(shapes) if isinstance(axes, int) else axes
+    names = ("replica", "data")
+    specs = tuple(
+        jax.P() if axis is None else jax.P(*[None] * axis, names) for axis in axes
+    )
+    mesh = jax.make_mesh((2, 4), names, axis_types=(axis_type,) * 2)
+    shard_map = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs)
+    function = THROUGH[through](functools.partial(loss, axis_name=names))
+    arrays = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    inside = shard_map(jax.grad(function), out_specs=specs[0])
+    outside = jax.grad(shard_map(function, out_specs=jax.P()))
+    for gradient in (inside, outside):
+        assert jax.eval_shape(gradient, *arrays).shape == shapes[0]
 
 
 def test_a_queue_read_block_by_block(monkeypatch):
