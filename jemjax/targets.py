@@ -4,11 +4,13 @@ A schedule maps a step, counted from 0 (an integer, or a traced one), to a value
 float32, or float64 under x64. Its value at a step is that with which the step is taken.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jemjax.losses.checks import check_number
@@ -62,7 +64,7 @@ def moving_average(target: Any, online: Any, momentum: Scalar) -> Any:
             raise ValueError(
                 f"online, {_name(path)}: got shape {new.shape}, expected {old.shape}"
             )
-        dtype = jnp.promote_types(jnp.float32, old.dtype)
+        dtype = jnp.dtype(jnp.float64 if old.dtype == jnp.float64 else jnp.float32)
         if isinstance(momentum, float) and momentum < 1 == dtype.type(momentum):
             raise ValueError(
                 f"momentum: got {momentum}, expected 1 or a number that {dtype} tells"
@@ -96,12 +98,15 @@ def linear(start: Scalar, end: Scalar, total_steps: int) -> Schedule:
     """
     start, end = check_number("start", start), check_number("end", end)
     total_steps = check_number("total_steps", total_steps)
+    known = isinstance(total_steps, float)
+    length = max(total_steps, 1.0) if known else jnp.maximum(total_steps, 1)
 
     def schedule(step: ArrayLike) -> jax.Array:
-        # A step is an integer: dividing it in the default dtype keeps x64 exact.
         step = jnp.asarray(step)
-        line = start + (end - start) * (step / max(total_steps, 1))
-        return jnp.where(step < total_steps, line, end)
+        with _steps_become_floats():
+            share = step / length
+            started = step < total_steps
+        return jnp.where(started, start + (end - start) * share, end)
 
     return schedule
 
@@ -130,7 +135,9 @@ def cosine(start: Scalar, end: Scalar, total_steps: float) -> Schedule:
     total_steps = check_number("total_steps", total_steps, exclusive=True)
 
     def schedule(step: ArrayLike) -> jax.Array:
-        left = jnp.clip((total_steps - jnp.asarray(step)) / total_steps, 0, 1)
+        step = jnp.asarray(step)
+        with _steps_become_floats():
+            left = jnp.clip((total_steps - step) / total_steps, 0, 1)
         # (1 + cos(pi (1 - left))) / 2, in the form that keeps its digits near the end.
         return end + (start - end) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
 
@@ -169,10 +176,11 @@ def warmup_cosine(
     Raises:
         ValueError: for numbers out of range.
     """
-    if not 0 <= warmup_steps < total_steps:
+    traced = isinstance(warmup_steps, Tracer) or isinstance(total_steps, Tracer)
+    if traced or not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"warmup_steps: got {warmup_steps}, expected 0 <= warmup_steps <"
-            f" total_steps = {total_steps}"
+            f" total_steps = {total_steps}, neither of them traced"
         )
     peak, final = check_number("peak", peak), check_number("final", final)
     warmup = linear(start, peak, max(warmup_steps - inclusive, 0))
@@ -200,12 +208,21 @@ def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
     Raises:
         ValueError: for fewer than 1 step an epoch.
     """
-    if not (isinstance(steps_per_epoch, int) and steps_per_epoch >= 1):
+    if not (isinstance(steps_per_epoch, numbers.Integral) and steps_per_epoch >= 1):
         raise ValueError(
             f"steps_per_epoch: got {steps_per_epoch!r}, expected an integer >= 1"
         )
     # Whole numbers are divided: a rounded quotient could fall into another epoch.
     return lambda step: schedule(jnp.asarray(step) // steps_per_epoch)
+
+
+def _steps_become_floats():
+    """Divides integers also where dtypes are promoted strictly.
+
+    The quotient is in the default dtype, which keeps x64 exact, and a weak type, as
+    that of Python numbers, so that it leaves the dtype of what it is multiplied with.
+    """
+    return jax.numpy_dtype_promotion("standard")
 
 
 def _name(path):

@@ -5,6 +5,14 @@ They import jax only, and are pure functions of a key and a batch of images
 static, and each example draws from a key of its own, so that its view depends neither
 on the rest of the batch nor on the number of devices.
 
+One key is folded with the row that an example has in the array, which in `jit` is that
+of the global batch. Inside `shard_map` it is that of the shard, and with one key all
+shards draw the same: give the rows their keys there, as `make_views` says. On a mesh
+of Explicit axes, which is set by `jax.set_mesh`, views lie as the images do.
+
+Under `jax.transfer_guard("disallow")` call these inside `jit`: outside of it JAX sends
+each number of a program, such as the 1 of `1 - x`, to the device by itself.
+
 `random_*` and `color_jitter` draw for each example what the deterministic operations
 apply; `make_views` applies a `ViewRecipe`. The arithmetic is torchvision's, or by name
 SimCLR's or BYOL's.

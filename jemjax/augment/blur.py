@@ -73,7 +73,8 @@ def random_gaussian_blur(
     Chen et al., 2020, SimCLR (arXiv:2002.05709).
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         sigma: smallest and largest standard deviation in pixels, > 0.
         probability: in [0, 1].
@@ -88,7 +89,7 @@ def random_gaussian_blur(
     """
     images = to_floats(images)
     return blur_by_draws(
-        uniforms(example_keys(key, len(images)), BLUR_DRAWS),
+        uniforms(example_keys(key, len(images), images), BLUR_DRAWS),
         images,
         sigma=sigma,
         probability=probability,
@@ -198,7 +199,7 @@ def _blur(
     images: jax.Array, sigma: jax.Array, radius: int, padding: Padding
 ) -> jax.Array:
     """Blurs rows and columns: images (N, H, W, C), sigma (N or 1, 1, 1)."""
-    distances = jnp.arange(radius + 1, dtype=jnp.float32)
+    distances = jnp.arange(radius + 1, dtype=jnp.float32).reshape(1, 1, -1)
     weights = jnp.exp(-0.5 * jnp.square(distances / sigma))  # (N or 1, 1, radius + 1)
     weights /= 2 * jnp.sum(weights, axis=-1, keepdims=True) - 1  # the center's is 1
     for axis in (1, 2):

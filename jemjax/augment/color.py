@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jemjax.augment.inputs import (
+    at_least_float32,
     check_number,
     example_keys,
     is_number,
     materialize,
     per_example,
+    rows_as,
+    sharding_of_rows,
     to_floats,
     uniforms,
 )
@@ -187,19 +190,17 @@ def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     Raises:
         ValueError: for another number of channels.
     """
-    channels = images.shape[-1]
-    mean = _of_channels("mean", mean, channels)
-    std = _of_channels("std", std, channels)
-    return images * std + mean
+    images = images.astype(at_least_float32(images.dtype))
+    mean = _of_channels("mean", mean, images)
+    return images * _of_channels("std", std, images) + mean
 
 
 def normalize_floats(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     """`normalize` of (N, H, W, C) float32."""
     if not np.all(np.asarray(std) > 0):
         raise ValueError(f"std: got {std}, expected numbers > 0")
-    channels = images.shape[3]
-    mean = _of_channels("mean", mean, channels)
-    return (images - mean) / _of_channels("std", std, channels)
+    mean = _of_channels("mean", mean, images)
+    return (images - mean) / _of_channels("std", std, images)
 
 
 def color_jitter(
@@ -221,7 +222,8 @@ def color_jitter(
     after each (torchvision's ColorJitter; Howard, 2013, arXiv:1312.5402).
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         brightness: strength, >= 0; 0 leaves this adjustment out.
         contrast: strength, >= 0.
@@ -238,7 +240,7 @@ def color_jitter(
     """
     images = to_floats(images)
     jitter = random_jitter(
-        uniforms(example_keys(key, len(images)), JITTER_DRAWS),
+        uniforms(example_keys(key, len(images), images), JITTER_DRAWS),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
@@ -302,7 +304,8 @@ def random_jitter(
     if not _is_zero(hue):
         turns = jnp.where(applied, hue * (2 * for_turn - 1), 0.0)
     orders = np.array(list(itertools.permutations(range(len(factors)))), np.int32)
-    order = jnp.asarray(orders)[(len(orders) * for_order).astype(jnp.int32)]
+    row = (len(orders) * for_order).astype(jnp.int32)
+    order = jnp.asarray(orders).at[row].get(out_sharding=sharding_of_rows(row))
     place = jnp.floor((len(factors) + 1) * for_place)
     return Jitter(factors, order, turns, place)
 
@@ -383,10 +386,10 @@ def fused_color(
     mean = _mean(images)
     channels = mean.shape[1]
     luma = jnp.array(LUMA if channels == 3 else (1.0,), jnp.float32)
-    to_gray = jnp.broadcast_to(luma, (channels, channels))
+    to_gray = jnp.broadcast_to(luma, (1, channels, channels))
     # The last column is the offset: (N, C, C + 1).
     mixture = jnp.eye(channels, channels + 1, dtype=jnp.float32)
-    mixture = jnp.tile(mixture, (len(mean), 1, 1))
+    mixture = rows_as(images, jnp.tile(mixture, (len(mean), 1, 1)))
     if jitter is not None:
         mixture = _jitter_mixture(mixture, jitter, mean, to_gray)
     if grayed is not None:
@@ -403,8 +406,8 @@ def _jitter_mixture(
     mixture: jax.Array, jitter: Jitter, mean: jax.Array, to_gray: jax.Array
 ) -> jax.Array:
     """What `jitter` makes of a pixel: (N, C, C + 1), matrix and offset, to the same."""
-    channels = len(to_gray)
-    identity = jnp.eye(channels, dtype=jnp.float32)
+    channels = mean.shape[1]
+    identity = jnp.eye(channels, dtype=jnp.float32)[None]
 
     def blend_slot(mixture, slot, enabled):
         matrix, offset = mixture[..., :channels], mixture[..., channels:]
@@ -443,10 +446,11 @@ def _times(matrices: jax.Array, others: jax.Array) -> jax.Array:
 def _rotation(turns: jax.Array) -> jax.Array:
     """About the axis of the grays, by Rodrigues' formula: (N,) -> (N, 3, 3)."""
     angle = (2 * math.pi * turns)[:, None, None]
-    mean = np.full((3, 3), 1 / 3, np.float32)
+    mean = np.full((1, 3, 3), 1 / 3, np.float32)
     # Of red to green to blue.
-    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], np.float32) / math.sqrt(3)
-    rest = np.eye(3, dtype=np.float32) - mean
+    across = np.array([[[0, -1, 1], [1, 0, -1], [-1, 1, 0]]], np.float32)
+    across = across / math.sqrt(3)
+    rest = np.eye(3, dtype=np.float32)[None] - mean
     return jnp.cos(angle) * rest + mean + jnp.sin(angle) * across.astype(np.float32)
 
 
@@ -456,7 +460,8 @@ def random_grayscale(
     """Removes the color of each image with the given probability.
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         probability: in [0, 1].
 
@@ -468,7 +473,7 @@ def random_grayscale(
     """
     images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    (chance,) = uniforms(example_keys(key, len(images), images), 1)
     return gray_where(images, chance < probability)
 
 
@@ -487,7 +492,8 @@ def random_solarize(
     """Inverts the bright values of each image with the given probability.
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         probability: in [0, 1].
         threshold: values from here on are inverted, in [0, 1].
@@ -499,7 +505,7 @@ def random_solarize(
         ValueError: for wrong shapes, or numbers out of range.
     """
     images = to_floats(images)
-    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    (chance,) = uniforms(example_keys(key, len(images), images), 1)
     return solarize_by_draws(chance, images, probability, threshold)
 
 
@@ -639,23 +645,25 @@ def _turn_hue(images: jax.Array, turns: jax.Array) -> jax.Array:
     hue = offset + sector / jnp.where(chroma == 0, 1.0, chroma) + 6 * turns
 
     largest, chroma, hue = materialize((largest, chroma, hue))
-    k = hue + jnp.array([5, 3, 1], jnp.float32)  # (N, H, W, 3)
+    k = hue + jnp.array([[[[5, 3, 1]]]], jnp.float32)  # (N, H, W, 3)
     k = k - 6 * jnp.floor(k / 6)
     within = jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
     return largest - chroma * within
 
 
-def _of_channels(name: str, values: Any, channels: int) -> np.ndarray:
-    """() or (C,), which broadcasts against (N, H, W, C)."""
+def _of_channels(name: str, values: Any, images: jax.Array) -> np.ndarray:
+    """(1, 1, 1, 1) or (1, 1, 1, C), of the dtype of the images (N, H, W, C)."""
+    channels = images.shape[-1]
     values = np.asarray(values, np.float32)
     if values.shape == (3,) and channels == 1:
-        return values.mean()
+        values = values.mean()
     if values.shape not in ((), (channels,)):
         raise ValueError(
             f"{name}: got {values.tolist()}, expected a number, or one for each of"
             f" {channels} channels"
         )
-    return values
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    return values.astype(images.dtype).reshape(shape)
 
 
 def _is_zero(value: Any) -> bool:

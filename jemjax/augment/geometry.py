@@ -14,6 +14,7 @@ from jemjax.augment.inputs import (
     check_size,
     example_keys,
     materialize,
+    rows_as,
     to_floats,
     uniforms,
 )
@@ -45,7 +46,8 @@ def random_resized_crop(
     Szegedy et al., 2014, Going deeper with convolutions (arXiv:1409.4842).
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         size: height and width of the result in pixels, one number if they are equal.
         scale: smallest and largest area of a box as a share of the image, in (0, 1].
@@ -61,7 +63,8 @@ def random_resized_crop(
     images = to_floats(images)
     check_method("method", method)
     count, height, width, _ = images.shape
-    boxes = random_boxes(key, count, (height, width), scale=scale, ratio=ratio)
+    keys = example_keys(key, count, images)
+    boxes = random_boxes(keys, count, (height, width), scale=scale, ratio=ratio)
     crop = crop_boxes(images, boxes, check_size("size", size), method)
     return jnp.clip(crop, 0, 1)
 
@@ -82,7 +85,8 @@ def random_boxes(
     centered box with an allowed aspect is taken.
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         count: N, the number of boxes.
         image_size: (H, W) in pixels.
         scale: smallest and largest area as a share of the image, in (0, 1].
@@ -110,7 +114,6 @@ def boxes_of(
     height, width = image_size
     smallest, largest = check_range("scale", scale, high=1.0)
     narrowest, widest = check_range("ratio", ratio)
-    count = draws.shape[1]
     for_area, for_aspect = draws[:TRIES], draws[TRIES : 2 * TRIES]  # (10, N)
     for_top, for_left = draws[-2:]  # (N,)
 
@@ -121,8 +124,8 @@ def boxes_of(
     fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
 
     box_height, box_width = _fallback_box(height, width, narrowest, widest)
-    box_height = jnp.full(count, box_height, jnp.float32)
-    box_width = jnp.full(count, box_width, jnp.float32)
+    box_height = jnp.full_like(for_top, box_height)  # (N,)
+    box_width = jnp.full_like(for_left, box_width)
     for attempt in reversed(range(TRIES)):  # the first that fits is written last
         box_height = jnp.where(fits[attempt], heights[attempt], box_height)
         box_width = jnp.where(fits[attempt], widths[attempt], box_width)
@@ -181,6 +184,7 @@ def crop_and_resize(
             f"boxes: got {getattr(boxes, 'shape', boxes)!r}, expected shape"
             f" ({count}, 4), one box for each image"
         )
+    boxes = rows_as(images, jnp.asarray(boxes))
     return crop_boxes(images, boxes, out_size, method, antialias=antialias)
 
 
@@ -245,7 +249,7 @@ def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
     if (height, width) == (size, size):
         return images
     boxes = jnp.tile(jnp.array([[0, 0, height, width]]), (count, 1))  # (N, 4)
-    return crop_boxes(images, boxes, (size, size), method)
+    return crop_boxes(images, rows_as(images, boxes), (size, size), method)
 
 
 def random_flip(
@@ -254,7 +258,8 @@ def random_flip(
     """Mirrors each image left to right with the given probability.
 
     Args:
-        key: one key, folded with each row's index, or N keys.
+        key: one key, folded with each row's index, or N keys; inside `shard_map` give
+            N keys, as in `make_views`.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
         probability: of mirroring, in [0, 1].
 
@@ -266,7 +271,7 @@ def random_flip(
     """
     images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images)), 1)
+    (chance,) = uniforms(example_keys(key, len(images), images), 1)
     return mirror_where(images, chance < probability)
 
 
@@ -344,7 +349,8 @@ def _mix(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
 
 def _matrix(taps: Taps, pixels: int) -> jax.Array:
     """The weights of all pixels of the axis: (N, out, pixels)."""
-    chosen = taps.sources[..., None] == jnp.arange(pixels, dtype=jnp.int32)
+    numbers = jnp.arange(pixels, dtype=jnp.int32).reshape(1, 1, 1, -1)
+    chosen = taps.sources[..., None] == numbers
     # (N, out, T, pixels) -> (N, out, pixels)
     return jnp.sum(jnp.where(chosen, taps.weights[..., None], 0.0), axis=2)
 
@@ -358,10 +364,10 @@ def _antialiased(
         return _interpolating(start, extent, pixels, out, method)
     start, extent = start[:, None, None], extent[:, None, None]
     step = extent / out
-    centers = start + (_numbers(out)[:, None] + 0.5) * step  # (N, out, 1)
+    centers = start + (_numbers(out, axis=1) + 0.5) * step  # (N, out, 1)
     radius = {"bilinear": 1, "bicubic": 2}[method]
     first = jnp.ceil(centers - 0.5 - radius * jnp.maximum(step, 1.0))
-    sources = first + _numbers(math.ceil(2 * radius * max(pixels / out, 1.0)))
+    sources = first + _numbers(math.ceil(2 * radius * max(pixels / out, 1.0)), axis=2)
     positions = sources + 0.5
     inside = (start < positions) & (positions < start + extent)
     kernel = _kernel((positions - centers) / jnp.maximum(step, 1.0), method, a=-0.5)
@@ -375,16 +381,18 @@ def _interpolating(
 ) -> Taps:
     """The nearest 2 or 4 pixels as taps, the border of the box repeated."""
     start, extent = start[:, None, None], extent[:, None, None]
-    centers = (_numbers(out)[:, None] + 0.5) * (extent / out) - 0.5  # in the box
-    taps = _numbers(2) if method == "bilinear" else _numbers(4) - 1
+    centers = (_numbers(out, axis=1) + 0.5) * (extent / out) - 0.5  # in the box
+    taps = _numbers(2, axis=2) if method == "bilinear" else _numbers(4, axis=2) - 1
     neighbors = jnp.floor(centers) + taps  # (N, out, T)
     weights = _kernel(neighbors - centers, method, a=-0.75)
     sources = start + jnp.clip(neighbors, 0, extent - 1)
     return Taps(sources.astype(jnp.int32), weights)
 
 
-def _numbers(count: int) -> jax.Array:
-    return jnp.arange(count, dtype=jnp.float32)
+def _numbers(count: int, axis: int) -> jax.Array:
+    """0, 1, ... along an axis of (N, out, T): the others have one entry."""
+    shape = [count if number == axis else 1 for number in range(3)]
+    return jnp.arange(count, dtype=jnp.float32).reshape(shape)
 
 
 def _kernel(distance: jax.Array, method: Method, a: float = 0.0) -> jax.Array:

@@ -6,9 +6,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 CHANNELS = (1, 3)
+# Above what bicubic weights overshoot to, and far below 255.
+LARGEST_PIXEL = 1.5
 
 Arrays = TypeVar("Arrays")  # an array, or a tuple of them
 
@@ -44,6 +49,45 @@ def to_floats(images: Any) -> jax.Array:
     return jnp.asarray(images).astype(jnp.float32) / scale
 
 
+def check_pixels(name: str, images: Any) -> None:
+    """Refuses floats that are not in [0, 1], such as 0 to 255; traced ones pass.
+
+    Raises:
+        ValueError: for concrete floating-point images above `LARGEST_PIXEL`.
+    """
+    if isinstance(images, Tracer) or images.dtype == jnp.uint8:
+        return
+    largest = float(jax.device_get(images.max()))
+    if largest > LARGEST_PIXEL:
+        raise ValueError(
+            f"{name}: got floating point up to {largest:g}, expected values in [0, 1]"
+            " (uint8 may go up to 255)"
+        )
+
+
+def rows_as(array: jax.Array, values: jax.Array) -> jax.Array:
+    """Lays the rows of values (N, ...) where those of another array (N, ...) lie.
+
+    On Explicit meshes, where JAX does not combine what lies differently. Elsewhere
+    values stay as they are.
+    """
+    rows = sharding_of_rows(array)
+    return values if rows is None else reshard(values, rows)
+
+
+def sharding_of_rows(array: jax.Array) -> NamedSharding | None:
+    """How the rows of an array lie on an Explicit mesh; None: on no such mesh."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+
+
+def at_least_float32(dtype: Any) -> np.dtype:
+    """What float32 and this dtype are promoted to, also where promotion is strict."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def materialize(arrays: Arrays) -> Arrays:
     """Has arrays computed once, although what follows reads them several times.
 
@@ -64,7 +108,7 @@ def check_size(name: str, size: Any) -> tuple[int, int]:
 def check_number(
     name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> Any:
-    """Checks a finite Python number in [low, high]; returns traced scalars unchecked.
+    """Checks a finite number in [low, high]; arrays, traced or not, pass unchecked.
 
     Args:
         name: the argument's name.
@@ -74,7 +118,7 @@ def check_number(
         open_low: whether `low` itself is refused.
 
     Returns:
-        A Python float, or the traced scalar.
+        A Python float, or a float32 scalar.
 
     Raises:
         ValueError: for a number out of range, or what is not a scalar.
@@ -90,7 +134,7 @@ def check_number(
         return float(value)
     if getattr(value, "shape", None) != ():
         raise ValueError(f"{name}: got {value!r}, expected a number or a traced scalar")
-    return value
+    return jnp.asarray(value).astype(jnp.float32)
 
 
 def check_range(
@@ -157,13 +201,14 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def example_keys(key: Any, count: int) -> jax.Array:
+def example_keys(key: Any, count: int, images: jax.Array | None = None) -> jax.Array:
     """One key for each example, so that no draw depends on the rest of the batch.
 
     Args:
         key: one key, which is folded with each row's index, or `count` keys; typed,
             or raw uint32.
         count: N, the number of examples.
+        images: (N, H, W, C) that the draws are for, and lie as on an Explicit mesh.
 
     Returns:
         (N,) typed keys.
@@ -179,13 +224,15 @@ def example_keys(key: Any, count: int) -> jax.Array:
         raise ValueError(f"key: got {got}, expected a key of jax.random.key")
     if key.ndim == 0:
         rows = jnp.arange(count, dtype=jnp.uint32)
+        if images is not None:
+            rows = rows_as(images, rows)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     if key.shape != (count,):
         raise ValueError(
             f"key: got shape {key.shape}, expected one key or ({count},), one for each"
             " example"
         )
-    return key
+    return key if images is None else rows_as(images, key)
 
 
 def uniforms(keys: jax.Array, count: int) -> jax.Array:

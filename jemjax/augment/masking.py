@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jemjax.augment.inputs import (
     check_number,
@@ -18,6 +19,7 @@ from jemjax.augment.inputs import (
     check_size,
     example_keys,
     is_whole,
+    rows_as,
     uniforms,
 )
 
@@ -76,7 +78,8 @@ def make_masks(
     """The masks of a batch.
 
     Args:
-        key: one key, folded with each row's index, or `batch_size` keys.
+        key: one key, folded with each row's index, or `batch_size` keys; inside
+            `shard_map` give keys, as in `make_views`.
         batch_size: N.
         grid: rows and columns of patches.
         recipe: what to do.
@@ -112,7 +115,8 @@ def random_patch_mask(
     """Masks patches at random, the same number in every example.
 
     Args:
-        key: one key, folded with each row's index, or `batch_size` keys.
+        key: one key, folded with each row's index, or `batch_size` keys; inside
+            `shard_map` give keys, as in `make_views`.
         batch_size: N.
         num_patches: T.
         ratio: share of the patches that are masked, in [0, 1]; see `num_kept_patches`.
@@ -165,6 +169,10 @@ def num_kept_patches(num_patches: int, ratio: float) -> int:
         ValueError: for arguments out of range.
     """
     _check_count("num_patches", num_patches, 1)
+    if isinstance(ratio, Tracer):
+        raise ValueError(f"ratio: got {ratio}, expected a number: it fixes a shape")
+    if getattr(ratio, "shape", None) == ():
+        ratio = float(ratio)
     ratio = check_number("ratio", ratio, 0, 1)
     # In floating point, 10 * (1 - 0.9) falls just short of 1.
     return math.floor(num_patches * (1 - ratio) + 1e-6)
@@ -189,7 +197,8 @@ def block_mask(
     reached, and never exceeded. A block is less high and less wide than the grid.
 
     Args:
-        key: one key, folded with each row's index, or `batch_size` keys.
+        key: one key, folded with each row's index, or `batch_size` keys; inside
+            `shard_map` give keys, as in `make_views`.
         batch_size: N.
         grid: rows and columns of patches.
         num_masked: patches to mask in each example, 0 to rows * columns; or (N,), for
@@ -232,7 +241,7 @@ def block_mask(
             width = jnp.round(jnp.sqrt(area) / root)
             top = jnp.floor(uniform[2] * (rows - height + 1))
             first = jnp.floor(uniform[3] * (columns - width + 1))
-            block = _span(top, height, rows)[:, None] & _span(first, width, columns)
+            block = _block((top, first), (height, width), (rows, columns))
             new = jnp.sum(block & ~mask, dtype=jnp.float32)
             fits = (height < rows) & (width < columns) & (0 < new) & (new <= left)
             taken = fits & (in_vain < TRIES_IN_VAIN)
@@ -240,12 +249,16 @@ def block_mask(
             return (mask | (block & taken), in_vain), None
 
         uniforms = jax.random.uniform(key, (TRIES, 4), jnp.float32)
-        start = (jnp.zeros((rows, columns), bool), jnp.zeros((), jnp.int32))
+        # Zeros of what varies between the examples, as a scan's carry has to from the
+        # start, inside `shard_map` and on an Explicit mesh.
+        none = jnp.zeros_like(uniforms[0, 0] + num_masked, jnp.int32)
+        start = (jnp.full((rows, columns), none, bool), none)
         (mask, _), _ = lax.scan(attempt, start, uniforms)
         return mask.reshape(-1)
 
     numbers = jnp.broadcast_to(jnp.asarray(num_masked, jnp.float32), (batch_size,))
-    return jax.vmap(mask_one)(example_keys(key, batch_size), numbers)
+    keys = example_keys(key, batch_size)
+    return jax.vmap(mask_one)(keys, rows_as(keys, numbers))
 
 
 class MultiBlockMasks(NamedTuple):
@@ -282,7 +295,8 @@ def multi_block_masks(
     take the first of `jnp.argsort(hidden, stable=True)`.
 
     Args:
-        key: one key, folded with each row's index, or `batch_size` keys.
+        key: one key, folded with each row's index, or `batch_size` keys; inside
+            `shard_map` give keys, as in `make_views`.
         batch_size: N.
         grid: rows and columns of patches, each >= 2.
         num_targets: B, the number of blocks that are predicted, >= 1.
@@ -315,8 +329,7 @@ def multi_block_masks(
             height, width = size
             top = jnp.floor(place[0] * (rows - height))
             first = jnp.floor(place[1] * (columns - width))
-            rows_of_block = _span(top, height, rows)[:, None]
-            return (rows_of_block & _span(first, width, columns)).reshape(-1)
+            return _block((top, first), size, (rows, columns)).reshape(-1)
 
         sizes, places = uniform[:2], uniform[2:].reshape(-1, 2)
         size = block_size(sizes[0], (rows, columns), target_scale, target_aspect)
@@ -398,13 +411,23 @@ def fill_masked(
     mask = mask.repeat(height // rows, axis=1).repeat(width // columns, axis=2)
     left = jnp.sum(~mask, axis=(1, 2), keepdims=True)  # (N, 1, 1, 1)
     total = jnp.sum(jnp.where(mask, 0, images), axis=(1, 2), keepdims=True)
-    mean = (total / jnp.maximum(left, 1)).astype(images.dtype)  # (N, 1, 1, C)
+    mean = total / jnp.maximum(left, 1).astype(images.dtype)  # (N, 1, 1, C)
     return jnp.where(mask, mean, images)  # (N, H, W, C)
+
+
+def _block(
+    start: tuple[jax.Array, jax.Array],
+    extent: tuple[jax.Array, jax.Array],
+    grid: tuple[int, int],
+) -> jax.Array:
+    """A rectangle of a grid: (rows, columns) bool."""
+    rows, columns = map(_span, start, extent, grid)
+    return rows[:, None] & columns[None, :]
 
 
 def _span(start: jax.Array, extent: jax.Array, size: int) -> jax.Array:
     """Which of `size` numbers are in [start, start + extent): (size,) bool."""
-    numbers = jnp.arange(size)
+    numbers = jnp.arange(size, dtype=jnp.float32)
     return (start <= numbers) & (numbers < start + extent)
 
 

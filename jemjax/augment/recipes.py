@@ -37,6 +37,7 @@ from jemjax.augment.geometry import (
 )
 from jemjax.augment.inputs import (
     check_number,
+    check_pixels,
     check_range,
     check_size,
     example_keys,
@@ -207,6 +208,13 @@ def make_views(
     An example's views depend on its own key and pixels only, not on the batch or on
     the number of devices; the views of an example are drawn independently.
 
+    Inside `shard_map` the rows are those of the shard, so that one key gives every
+    shard the same views. There the keys are folded by the row in the global batch:
+
+        rows = jax.lax.axis_index("data") * len(images) + jnp.arange(len(images))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        views = make_views(keys, images, recipe)
+
     Args:
         key: one key, folded with each row's index, or N keys.
         images: (N, H, W, C), C = 1 or 3, float in [0, 1] or uint8.
@@ -216,12 +224,14 @@ def make_views(
         For each view of the recipe, (N, size, size, C) float32, normalized.
 
     Raises:
-        ValueError: for wrong shapes.
+        ValueError: for wrong shapes, and floats above 1.5, such as 0 to 255 (traced
+            ones cannot be checked).
     """
-    images = to_floats(images)
-    draws = _draws_of_views(key, len(images), recipe)
+    floats = to_floats(images)
+    check_pixels("images", images)
+    draws = _draws_of_views(key, floats, recipe)
     return tuple(
-        _finish_view(draws, _crop(draws, images, view), view)
+        _finish_view(draws, _crop(draws, floats, view), view)
         for draws, view in zip(draws, recipe.views, strict=True)
     )
 
@@ -243,7 +253,8 @@ def finish_views(
         For each view of the recipe, (N, size, size, C) float32, normalized.
 
     Raises:
-        ValueError: for wrong shapes, or another number of crops.
+        ValueError: for wrong shapes, another number of crops, and floats above 1.5
+            (traced ones cannot be checked).
     """
     images = [to_floats(crop) for crop in crops]
     count = len(images[0]) if images else 0
@@ -253,7 +264,9 @@ def finish_views(
         raise ValueError(
             f"crops: got (N, H, W) of {shapes}, expected one for each view: {expected}"
         )
-    draws = _draws_of_views(key, count, recipe)
+    for crop in crops:
+        check_pixels("crops", crop)
+    draws = _draws_of_views(key, images[0], recipe)
     return tuple(
         _finish_view(draws, mirror_where(crop, _mirrored(draws, view)), view)
         for draws, crop, view in zip(draws, images, recipe.views, strict=True)
@@ -271,15 +284,18 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
         (N, size, size, C) float32, normalized.
 
     Raises:
-        ValueError: for wrong shapes.
+        ValueError: for wrong shapes, and floats above 1.5 (traced ones cannot be
+            checked).
     """
     view = recipe.views[0]
-    images = resize(to_floats(images), view.size, view.interpolation)
-    return normalize_floats(jnp.clip(images, 0, 1), view.mean, view.std)
+    floats = to_floats(images)
+    check_pixels("images", images)
+    whole = resize(floats, view.size, view.interpolation)
+    return normalize_floats(jnp.clip(whole, 0, 1), view.mean, view.std)
 
 
 def _draws_of_views(
-    key: jax.Array, count: int, recipe: ViewRecipe
+    key: jax.Array, images: jax.Array, recipe: ViewRecipe
 ) -> list[dict[str, jax.Array]]:
     """For each view the uniform numbers (n, N) of each operation, drawn all at once.
 
@@ -287,7 +303,8 @@ def _draws_of_views(
     others.
     """
     num_views, of_view = len(recipe.views), sum(_DRAWS.values())
-    draws = uniforms(example_keys(key, count), num_views * of_view)
+    count = len(images)
+    draws = uniforms(example_keys(key, count, images), num_views * of_view)
     ends = list(itertools.accumulate(_DRAWS.values()))[:-1]
     return [
         dict(zip(_DRAWS, jnp.split(numbers, ends), strict=True))

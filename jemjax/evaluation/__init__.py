@@ -1,4 +1,8 @@
-"""How good an embedding is: functions of embeddings, and labels where there are any."""
+"""How good an embedding is: functions of embeddings, and labels where there are any.
+
+On a mesh of Explicit axes, which is set by `jax.set_mesh`, every device gets all rows
+and computes the same, but for `normalized_std`, of which each computes a part.
+"""
 
 from jemjax.evaluation.clusters import (
     PrototypeUsage,

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jemjax.evaluation.inputs import check_count, on_host
+
 
 class PrototypeUsage(NamedTuple):
     """How many prototypes the examples fall in."""
@@ -88,8 +90,7 @@ def prototype_usage(assignments: ArrayLike, num_prototypes: int) -> PrototypeUsa
     Raises:
         ValueError: for other shapes, dtypes or values.
     """
-    if num_prototypes < 1:
-        raise ValueError(f"num_prototypes: got {num_prototypes}, expected >= 1")
+    num_prototypes = check_count("num_prototypes", num_prototypes)
     values = _integers("assignments", assignments)
     if values.max() >= num_prototypes:
         raise ValueError(
@@ -128,6 +129,7 @@ def label_clusters(
         raise ValueError(
             f"labels: got shape {values.shape}, expected ({len(rows)},) as scores"
         )
+    temperature = float(on_host("temperature", temperature))
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: got {temperature}, expected a finite number >0")
     logits = rows / temperature
@@ -198,7 +200,7 @@ def _entropy(shares: np.ndarray) -> float:
 
 
 def _integers(name: str, values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values)
+    array = on_host(name, values)
     if array.ndim != 1 or len(array) < 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
             f"{name}: got {array.dtype} of shape {array.shape}, expected integers of"
@@ -210,7 +212,7 @@ def _integers(name: str, values: ArrayLike) -> np.ndarray:
 
 
 def _scores(name: str, values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values)
+    array = on_host(name, values)
     if (
         array.ndim != 2
         or 0 in array.shape

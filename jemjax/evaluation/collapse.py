@@ -5,13 +5,20 @@ Type 2, informational: embeddings fill few dimensions (`effective_rank`, `rankme
 a steep `alpha_req`). `name_collapse` says which of them there is.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
+
+from jemjax.evaluation.inputs import (
+    check_count,
+    check_embeddings,
+    check_number,
+    on_host,
+    whole,
+)
 
 # Type 1: below this share of the ideal 1 / sqrt(D). Two embeddings then have a cosine
 # of 1 - 0.05^2 = 0.9975 on average. It is no higher because features that are all
@@ -24,31 +31,6 @@ COMPLETE = 0.05
 INFORMATIONAL = 2.0
 # but for the narrowest: no further than an eighth of the way from 1 to D.
 INFORMATIONAL_SHARE = 1 / 8
-
-
-def check_embeddings(name: str, embeddings: ArrayLike) -> jax.Array:
-    """Checks that embeddings are real and (N, D), and brings them to float32.
-
-    Args:
-        name: of the argument, for the message.
-        embeddings: what was given.
-
-    Returns:
-        (N, D) float32, or float64 where it was given.
-
-    Raises:
-        ValueError: for another rank, no rows, no columns, or another kind of dtype.
-    """
-    array = jnp.asarray(embeddings)
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(
-            f"{name}: got shape {array.shape}, expected (N, D) with N, D >= 1"
-        )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(
-            f"{name}: got dtype {array.dtype}, expected a floating-point dtype"
-        )
-    return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
 
 def normalize_rows(x: jax.Array) -> jax.Array:
@@ -82,8 +64,8 @@ def _center(h: jax.Array) -> jax.Array:
     # Quarters, so that differences of finite numbers are finite. Subtracting a row
     # before the mean makes a constant column exactly zero.
     h = 0.25 * h
-    h = h - h[0]
-    return _divide_by_largest(h - jnp.mean(h, axis=0))
+    h = h - h[:1]
+    return _divide_by_largest(h - jnp.mean(h, axis=0, keepdims=True))
 
 
 @jax.jit
@@ -136,17 +118,18 @@ def effective_rank(embeddings: ArrayLike) -> jax.Array:
     References:
         Roy, Vetterli, 2007, The effective rank (EUSIPCO).
     """
-    h = _center(check_embeddings("embeddings", embeddings))  # (N, D)
+    h = _center(whole(check_embeddings("embeddings", embeddings)))  # (N, D)
     # Both products have the same eigenvalues, but for zeros.
     smaller = h.T if h.shape[0] < h.shape[1] else h
     product = jnp.matmul(smaller.T, smaller, precision=lax.Precision.HIGHEST)
     eigenvalues = jnp.maximum(jnp.linalg.eigvalsh(product), 0.0)  # (min(N, D),)
     total = jnp.sum(eigenvalues)
     q = eigenvalues / jnp.where(total > 0, total, 1.0)
-    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(q, q)))
+    # Not of zeros: there the logarithm's derivative is infinite.
+    log_q = jnp.log(jnp.where(q == 0, 1.0, q))
+    return jnp.exp(-jnp.sum(q * log_q))
 
 
-@functools.partial(jax.jit, static_argnames="eps")
 def rankme(embeddings: ArrayLike, *, eps: float = 1e-7) -> jax.Array:
     """RankMe: exponential of the entropy of the normalized singular values.
 
@@ -157,7 +140,8 @@ def rankme(embeddings: ArrayLike, *, eps: float = 1e-7) -> jax.Array:
 
     Args:
         embeddings: (N, D); published with N = 25,600.
-        eps: added after normalizing, > 0; 1e-7 as published.
+        eps: added after normalizing, > 0; 1e-7 as published. A scalar array, traced or
+            not, is not checked.
 
     Returns:
         A scalar, from about 1 to min(N, D).
@@ -168,9 +152,13 @@ def rankme(embeddings: ArrayLike, *, eps: float = 1e-7) -> jax.Array:
     References:
         Garrido, Balestriero, Najman, LeCun, 2023, RankMe (arXiv:2210.02885).
     """
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps: got {eps}, expected a finite number > 0")
-    h = _divide_by_largest(check_embeddings("embeddings", embeddings))
+    h = check_embeddings("embeddings", embeddings)
+    return _rankme(h, check_number("eps", eps, h.dtype, open_low=True))
+
+
+@jax.jit
+def _rankme(h, eps):
+    h = _divide_by_largest(whole(h))
     # Not the roots of eigenvalues: those lose half the digits of small values.
     singular_values = jnp.linalg.svd(h, compute_uv=False)  # (min(N, D),)
     total = jnp.sum(singular_values)
@@ -204,7 +192,7 @@ def alpha_req(embeddings: ArrayLike) -> jax.Array:
     References:
         Agrawal, Mondal, Ghosh, Richards, 2022, alpha-ReQ (arXiv:2202.05808).
     """
-    h = _center(check_embeddings("embeddings", embeddings))  # (N, D)
+    h = _center(whole(check_embeddings("embeddings", embeddings)))  # (N, D)
     # Not the roots of eigenvalues: those lose half the digits of small values.
     roots = jnp.linalg.svd(h, compute_uv=False)  # (min(N, D),), descending
     smallest = max(h.shape) * jnp.finfo(h.dtype).eps * roots[0]
@@ -243,8 +231,9 @@ def name_collapse(
     Raises:
         ValueError: for `dimension` < 1.
     """
-    if dimension < 1:
-        raise ValueError(f"dimension: got {dimension}, expected >= 1")
+    dimension = check_count("dimension", dimension)
+    normalized_std = float(on_host("normalized_std", normalized_std))
+    effective_rank = float(on_host("effective_rank", effective_rank))
     if not (math.isfinite(normalized_std) and math.isfinite(effective_rank)):
         return [
             f"the embeddings are not finite (normalized std {normalized_std:g},"

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,52 +12,33 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jemjax.evaluation.collapse import check_embeddings, normalize_rows
+from jemjax.evaluation.collapse import normalize_rows
+from jemjax.evaluation.inputs import (
+    check_count,
+    check_embeddings,
+    check_labelled,
+    check_number,
+    on_host,
+    whole,
+)
 
 # Cosines held at once: 128 MB of float32.
 _MAX_COSINES = 2**25
 
 
-def check_labelled(
-    name: str, embeddings: ArrayLike, labels: ArrayLike, num_classes: int
-) -> tuple[jax.Array, jax.Array]:
-    """Checks embeddings and their labels against each other.
+def accuracy(scores: jax.Array, labels: jax.Array) -> Any:
+    """Share of rows of (N, C) scores that are largest at their label; NaN for NaN.
 
-    Args:
-        name: "train" or "test", for the message.
-        embeddings: (N, D).
-        labels: (N,) integers in [0, num_classes).
-        num_classes: >= 1.
-
-    Returns:
-        (N, D) float32 (or float64) embeddings, (N,) int32 labels.
-
-    Raises:
-        ValueError: for shapes, dtypes or labels other than these. The range of traced
-            labels is not checked.
+    A Python float, or a scalar where the scores or the labels are traced.
     """
-    rows = check_embeddings(f"{name}_embeddings", embeddings)
-    if num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes}, expected >= 1")
-    concrete = not isinstance(labels, Tracer)
-    values = np.asarray(labels) if concrete else jnp.asarray(labels)
-    if values.shape != rows.shape[:1] or not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(
-            f"{name}_labels: got {values.dtype} of shape {values.shape}, expected"
-            f" integers of shape {rows.shape[:1]}"
-        )
-    if concrete and not 0 <= values.min() <= values.max() < num_classes:
-        raise ValueError(
-            f"{name}_labels: got {values.min()} to {values.max()}, expected 0 to"
-            f" num_classes - 1 = {num_classes - 1}"
-        )
-    return rows, jnp.asarray(values, jnp.int32)
+    share = _accuracy(scores, labels)
+    return share if isinstance(share, Tracer) else float(jax.device_get(share))
 
 
-def accuracy(scores: jax.Array, labels: jax.Array) -> float:
-    """Share of rows of (N, C) scores that are largest at their label; NaN for NaN."""
-    correct = jnp.argmax(scores, axis=1) == labels
-    return float(jnp.mean(jnp.where(jnp.isnan(scores).any(axis=1), jnp.nan, correct)))
+@jax.jit
+def _accuracy(scores, labels):
+    correct = (jnp.argmax(scores, axis=1) == labels).astype(float)
+    return jnp.mean(jnp.where(jnp.isnan(scores).any(axis=1), jnp.nan, correct))
 
 
 def knn_predict(
@@ -79,7 +62,8 @@ def knn_predict(
         train_labels: (N,) integers in [0, num_classes).
         embeddings: (M, D) to classify.
         k: number of neighbors, 1 to N.
-        temperature: > 0; not so low that a vote overflows (0.012 is possible).
+        temperature: > 0; not so low that a vote overflows (0.012 is possible). A
+            scalar array, traced or not, is not checked.
         num_classes: C >= 1.
 
     Returns:
@@ -99,21 +83,30 @@ def knn_predict(
             f"embeddings: got shape {queries.shape}, expected (M, {train.shape[1]}) as"
             " train_embeddings"
         )
-    if not 1 <= k <= len(train):
+    neighbors = check_count("k", k, 0)
+    if not 1 <= neighbors <= len(train):
         raise ValueError(
             f"k: got {k}, expected 1 to {len(train)}, the number of train_embeddings"
         )
-    largest = math.log(float(jnp.finfo(jnp.float32).max) / k)
-    if not (math.isfinite(temperature) and temperature * largest > 1):
+    largest = math.log(float(jnp.finfo(jnp.float32).max) / neighbors)
+    if isinstance(temperature, numbers.Real) and not temperature * largest > 1:
         raise ValueError(
             f"temperature: got {temperature}, expected a finite number >"
-            f" {1 / largest:.4f}, below which k = {k} votes overflow"
+            f" {1 / largest:.4f}, below which k = {neighbors} votes overflow"
         )
-    return _votes(train, labels, queries, temperature, k=k, num_classes=num_classes)
+    return _votes(
+        train,
+        labels,
+        queries,
+        check_number("temperature", temperature, train.dtype),
+        k=neighbors,
+        num_classes=check_count("num_classes", num_classes),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_classes"))
 def _votes(train, labels, queries, temperature, *, k, num_classes):
+    train, labels, queries = whole(train), whole(labels), whole(queries)
     train, queries = normalize_rows(train), normalize_rows(queries)
 
     def votes(query):  # (D,) -> (C,)
@@ -136,7 +129,7 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
     num_classes: int,
-) -> float:
+) -> Any:
     """Accuracy of `knn_predict`.
 
     Args:
@@ -149,7 +142,7 @@ def knn_accuracy(
         num_classes: >= 1.
 
     Returns:
-        A number in [0, 1]; NaN if an embedding is not finite.
+        A number in [0, 1]; NaN if an embedding is not finite. Inside `jit` a scalar.
 
     Raises:
         ValueError: for shapes, dtypes, labels or numbers other than these.
@@ -180,14 +173,13 @@ def few_labels(labels: ArrayLike, per_class: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: for labels that are not a vector of integers, or `per_class` < 1.
     """
-    values = np.asarray(labels)
+    values = on_host("labels", labels)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
             f"labels: got {values.dtype} of shape {values.shape}, expected integers of"
             " shape (N,)"
         )
-    if per_class < 1:
-        raise ValueError(f"per_class: got {per_class}, expected >= 1")
+    per_class = check_count("per_class", per_class)
     shuffled = np.random.default_rng(seed).permutation(len(values))
     chosen = [
         shuffled[values[shuffled] == label][:per_class]

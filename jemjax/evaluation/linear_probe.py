@@ -1,23 +1,29 @@
 """The linear probe: what a linear classifier finds in frozen embeddings."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jemjax.evaluation.knn import accuracy, check_labelled
+from jemjax.evaluation.inputs import (
+    check_count,
+    check_labelled,
+    check_number,
+    on_host,
+    whole,
+)
+from jemjax.evaluation.knn import accuracy
 
 
 class LinearProbe(NamedTuple):
     """A trained linear classifier: logits = embeddings @ weights + bias."""
 
-    accuracy: float  # on the test embeddings, in [0, 1]
+    accuracy: Any  # on the test embeddings, in [0, 1]; inside `jit` a scalar
     weights: jax.Array  # (D, C)
     bias: jax.Array  # (C,)
 
@@ -47,8 +53,10 @@ def linear_probe(
         train_labels: (N,) integers in [0, num_classes).
         test_embeddings: (M, D).
         test_labels: (M,) integers in [0, num_classes).
-        num_classes: C; unless given, one more than the largest training label.
-        l2: strength of the penalty on W, >= 0 (in scikit-learn's terms 1 / (C N)).
+        num_classes: C; unless given, one more than the largest training label, which
+            has to be known: inside `jit` it must be given.
+        l2: strength of the penalty on W, >= 0 (in scikit-learn's terms 1 / (C N)). A
+            scalar array, traced or not, is not checked.
         max_iterations: of L-BFGS, >= 1, where it has not converged before.
 
     Returns:
@@ -59,7 +67,12 @@ def linear_probe(
         ValueError: for shapes, dtypes, labels or numbers other than these.
     """
     if num_classes is None:
-        num_classes = int(np.max(np.asarray(train_labels), initial=0)) + 1
+        if isinstance(train_labels, Tracer):
+            raise ValueError(
+                "num_classes: got None, expected an integer where train_labels are"
+                " traced, of which the largest is not known"
+            )
+        num_classes = int(on_host("train_labels", train_labels).max(initial=0)) + 1
     train, labels = check_labelled("train", train_embeddings, train_labels, num_classes)
     test, truth = check_labelled("test", test_embeddings, test_labels, num_classes)
     if test.shape[1] != train.shape[1]:
@@ -67,21 +80,24 @@ def linear_probe(
             f"test_embeddings: got shape {test.shape}, expected (M, {train.shape[1]})"
             " as train_embeddings"
         )
-    if not (math.isfinite(l2) and l2 >= 0):
-        raise ValueError(f"l2: got {l2}, expected a finite number >= 0")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations: got {max_iterations}, expected >= 1")
     weights, bias, logits = _fit(
-        train, labels, test, l2, num_classes=num_classes, max_iterations=max_iterations
+        train,
+        labels,
+        test,
+        check_number("l2", l2, train.dtype),
+        num_classes=check_count("num_classes", num_classes),
+        max_iterations=check_count("max_iterations", max_iterations),
     )
     return LinearProbe(accuracy(logits, truth), weights, bias)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "max_iterations"))
 def _fit(train, labels, test, l2, *, num_classes, max_iterations):
+    train, labels, test = whole(train), whole(labels), whole(test)
     # Subtracting a row before the mean makes a constant feature exactly zero.
-    mean = train[0] + jnp.mean(train - train[0], axis=0)  # (D,)
-    std = jnp.std(train - train[0], axis=0)
+    moved = train - train[:1]
+    mean = train[:1] + jnp.mean(moved, axis=0, keepdims=True)  # (1, D)
+    std = jnp.std(moved, axis=0, keepdims=True)
     scale = jnp.where(std > 0, std, 1.0)
     x = (train - mean) / scale  # (N, D)
 
@@ -89,7 +105,7 @@ def _fit(train, labels, test, l2, *, num_classes, max_iterations):
     # the product is several times faster on a CPU than in that of the weights, (D, C).
     def logits(params, rows):
         products = jnp.matmul(rows, params[:, :-1].T, precision=lax.Precision.HIGHEST)
-        return products + params[:, -1]
+        return products + params[None, :, -1]
 
     def objective(params):
         losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -117,6 +133,6 @@ def _fit(train, labels, test, l2, *, num_classes, max_iterations):
     _, params, _, _ = lax.while_loop(
         unfinished, improve, (0, start, solver.init(start), infinite)
     )
-    weights = params[:, :-1].T / scale[:, None]  # (D, C), for embeddings as given
-    bias = params[:, -1] - jnp.matmul(mean, weights, precision=lax.Precision.HIGHEST)
+    weights = params[:, :-1].T / scale.T  # (D, C), for embeddings as given
+    bias = params[:, -1] - jnp.matmul(mean[0], weights, precision=lax.Precision.HIGHEST)
     return weights, bias, logits(params, (test - mean) / scale)
