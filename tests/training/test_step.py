@@ -63,6 +63,7 @@ ROUNDING = {
     "vicreg": ["projector/Dense_0/bias"],
     "swav": ["projector/Dense_0/bias"],
     "byol": ["projector/Dense_0/bias", "predictor/Dense_0/bias"],
+    "dino": ["projector/Dense_0/bias", "projector/Dense_1/bias"],
     "simsiam": ["predictor/BatchNorm_0/mean"],
     "moco-v3": ["predictor/BatchNorm_0/mean"],
 }
