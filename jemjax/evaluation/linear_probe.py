@@ -48,6 +48,9 @@ def linear_probe(
     figure depends on the embeddings only. No augmentation is used, unlike in the
     published linear evaluations.
 
+    With `jax_enable_x64` and strict promotion of dtypes float32 embeddings are refused
+    by optax's L-BFGS, which keeps a part of its memory in float64.
+
     Args:
         train_embeddings: (N, D).
         train_labels: (N,) integers in [0, num_classes).
