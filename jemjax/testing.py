@@ -57,7 +57,8 @@ def _network(problem: _Problem, **keywords: Any) -> Callable[..., jax.Array]:
             return array
         width = 1 if batch_axis == array.ndim - 1 else array.shape[-1]
         # Near the given array, so that the loss's terms are active where they were.
-        bent = jnp.tanh(array * parameter[:width].astype(array.dtype))
+        factors = parameter[:width].astype(array.dtype)
+        bent = jnp.tanh(array * jnp.expand_dims(factors, range(array.ndim - 1)))
         return array - 0.2 * bent
 
     def function(parameter, *arrays):
@@ -110,12 +111,15 @@ def _compiled(problem: _Problem, devices: int) -> Results:
 
 
 def _mesh(
-    devices: int, axis_type: AxisType, two_axes: bool
+    devices: int, axis_type: AxisType, axes: int
 ) -> tuple[jax.sharding.Mesh, AxisName]:
+    """A mesh, and its axes of the batch: all but the third."""
     shape, names, axis_name = ((devices,), ("data",), "data")
-    if two_axes:
-        shape, names = ((2, devices // 2), ("replica", "data"))
-        axis_name = names
+    if axes > 1:
+        others = 2 if axes == 3 and devices > 2 else 1
+        shape = (2, devices // 2 // others, others)[:axes]
+        names = ("replica", "data", "model")[:axes]
+        axis_name = names[:2]
     mesh = jax.make_mesh(
         shape,
         names,
@@ -142,10 +146,24 @@ def _placed(problem: _Problem, mesh: jax.sharding.Mesh, specs: list[P]) -> tuple
 
 def _global_view(problem: _Problem, devices: int, *, axis_type: AxisType) -> Results:
     """The partitioner (Auto), or the types (Explicit), place the sums."""
-    mesh, axis_name = _mesh(devices, axis_type, False)
+    mesh, axis_name = _mesh(devices, axis_type, 1)
     with jax.set_mesh(mesh):
         arguments = _placed(problem, mesh, _specs(problem, axis_name))
         return _jit(_differentiated(problem, _network(problem)))(*arguments)
+
+
+Through = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _scanned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as the one step of a loop."""
+
+    def run(*arguments):
+        return jax.lax.scan(lambda *_: (None, function(*arguments)), None, None, 1)[1][
+            0
+        ]
+
+    return run
 
 
 def _grad_of_shard_map(
@@ -154,15 +172,19 @@ def _grad_of_shard_map(
     *,
     axis_type: AxisType = AxisType.Auto,
     check_vma: bool = True,
-    two_axes: bool = False,
+    axes: int = 1,
+    through: Through | None = None,
 ) -> Results:
-    mesh, axis_name = _mesh(devices, axis_type, two_axes)
+    mesh, axis_name = _mesh(devices, axis_type, axes)
     specs = _specs(problem, axis_name)
+    network = _network(problem, axis_name=axis_name)
     sharded = jax.shard_map(
-        _network(problem, axis_name=axis_name),
+        through(network) if through else network,
         mesh=mesh,
         in_specs=(P(), *specs),
         out_specs=P(),
+        # A third axis is left to the partitioner.
+        axis_names=set(mesh.axis_names[:2]),
         check_vma=check_vma,
     )
     arguments = _placed(problem, mesh, specs)
@@ -172,14 +194,18 @@ def _grad_of_shard_map(
 
 
 def _of_a_shard(
-    problem: _Problem, axis_name: AxisName, own_rows: int
+    problem: _Problem,
+    axis_name: AxisName,
+    own_rows: int,
+    through: Through | None = None,
 ) -> Callable[..., Results]:
     """The hand-written data-parallel step: gradients, then the parameters' mean.
 
     Without `check_vma` the gradient of a shard's own rows is `own_rows` times that of
     the loss: the convention under which the mean is right for parameters.
     """
-    run = _differentiated(problem, _network(problem, axis_name=axis_name))
+    network = _network(problem, axis_name=axis_name)
+    run = _differentiated(problem, through(network) if through else network)
     names = map(_of_array, range(len(problem.arrays)))
     sharded = {
         name
@@ -200,11 +226,16 @@ def _of_a_shard(
 
 
 def _shard_map_of_grad(
-    problem: _Problem, devices: int, *, check_vma: bool = True, two_axes: bool = False
+    problem: _Problem,
+    devices: int,
+    *,
+    check_vma: bool = True,
+    axes: int = 1,
+    through: Through | None = None,
 ) -> Results:
-    mesh, axis_name = _mesh(devices, AxisType.Auto, two_axes)
+    mesh, axis_name = _mesh(devices, AxisType.Auto, axes)
     specs = _specs(problem, axis_name)
-    step = _of_a_shard(problem, axis_name, 1 if check_vma else devices)
+    step = _of_a_shard(problem, axis_name, 1 if check_vma else devices, through)
 
     def with_all_values(parameter, *arrays):
         results = step(parameter, *arrays)
@@ -258,10 +289,7 @@ def _vmap(step: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
 _CONTEXTS: Mapping[str, Callable[[_Problem, int], Results]] = {
     "bare": _bare,
     "jit": _compiled,
-    "global view, Auto": functools.partial(_global_view, axis_type=AxisType.Auto),
-    "global view, Explicit": functools.partial(
-        _global_view, axis_type=AxisType.Explicit
-    ),
+    # Those inside of shard_map come first: what fails there has the plainest cause.
     "grad of shard_map": _grad_of_shard_map,
     "grad of shard_map, unchecked": functools.partial(
         _grad_of_shard_map, check_vma=False
@@ -269,14 +297,26 @@ _CONTEXTS: Mapping[str, Callable[[_Problem, int], Results]] = {
     "grad of shard_map, Explicit": functools.partial(
         _grad_of_shard_map, axis_type=AxisType.Explicit
     ),
-    "grad of shard_map, two axes": functools.partial(_grad_of_shard_map, two_axes=True),
+    "grad of shard_map, two axes": functools.partial(_grad_of_shard_map, axes=2),
+    "grad of shard_map, three axes": functools.partial(_grad_of_shard_map, axes=3),
+    "grad of shard_map of checkpoint": functools.partial(
+        _grad_of_shard_map, through=jax.checkpoint
+    ),
     "shard_map of grad": _shard_map_of_grad,
     "shard_map of grad, unchecked": functools.partial(
         _shard_map_of_grad, check_vma=False
     ),
-    "shard_map of grad, two axes": functools.partial(_shard_map_of_grad, two_axes=True),
+    "shard_map of grad, two axes": functools.partial(_shard_map_of_grad, axes=2),
+    "shard_map of grad of jit": functools.partial(_shard_map_of_grad, through=jax.jit),
+    "shard_map of grad of scan": functools.partial(
+        _shard_map_of_grad, through=_scanned
+    ),
     "vmap": functools.partial(_mapped, transform=_vmap),
     "pmap": functools.partial(_mapped, transform=jax.pmap),
+    "global view, Auto": functools.partial(_global_view, axis_type=AxisType.Auto),
+    "global view, Explicit": functools.partial(
+        _global_view, axis_type=AxisType.Explicit
+    ),
 }
 
 CONTEXTS = tuple(_CONTEXTS)
@@ -431,6 +471,12 @@ def _refusal(error: Exception) -> str:
         text += (
             ". The result differs between shards, or JAX cannot know that it does not:"
             " the loss does not end in a reduction (psum, pmean) over axis_name"
+        )
+    if "ShardingTypeError" in type(error).__name__:
+        text += (
+            ". On a mesh of Explicit axes an operation has to be told how its result is"
+            " sharded (out_sharding=, jax.sharding.reshard); leave these contexts out"
+            " if the loss is not used on such a mesh"
         )
     return text
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jemjax.losses.collectives import AxisName, axis_size
+from jemjax.losses.collectives import AxisName, axis_size, is_known
 
 
 def check_arrays(
@@ -26,7 +26,8 @@ def check_arrays(
 
     Raises:
         ValueError: for another rank, one letter with two sizes, an empty axis, a dtype
-            that is not real floating point, or a global batch below `min_batch`.
+            that is not real floating point of 16 bits or more, or a global batch below
+            `min_batch`.
     """
     sizes, first = {}, {}
     for name, (array, axes) in arrays.items():
@@ -43,6 +44,11 @@ def check_arrays(
             raise ValueError(
                 f"{name}: got dtype {array.dtype}, expected a floating-point dtype"
             )
+        # A gradient has its array's dtype, and float8 ends at 448.
+        if jnp.finfo(array.dtype).bits < 16:
+            raise ValueError(
+                f"{name}: got dtype {array.dtype}, expected one of 16 bits or more"
+            )
         for axis, size in zip(axes, shape, strict=True):
             if size != sizes.setdefault(axis, size):
                 expected = tuple(
@@ -53,12 +59,13 @@ def check_arrays(
                     f" {first[axis]}"
                 )
             first.setdefault(axis, name)
-            if size < 1 and axis != "N":
+            if is_known(size) and size < 1 and axis != "N":
                 raise ValueError(f"{name}: got shape {shape}, expected {axis} >= 1")
-    if "N" in sizes and sizes["N"] * axis_size(axis_name) < min_batch:
+    batch = sizes.get("N", min_batch) * axis_size(axis_name)
+    if is_known(batch) and batch < min_batch:
         raise ValueError(
-            f"{first['N']}: got a global batch of {sizes['N'] * axis_size(axis_name)},"
-            f" expected at least {min_batch} examples"
+            f"{first['N']}: got a global batch of {batch}, expected at least"
+            f" {min_batch} example{'s' if min_batch > 1 else ''}"
         )
     # Only as JAX arrays do NumPy's float64 become float32 where x64 is off.
     values = [jnp.asarray(array) for array, _ in arrays.values()]
@@ -135,4 +142,5 @@ def check_number(
         return number
     if getattr(value, "shape", None) != ():
         raise ValueError(f"{name}: got {value!r}, expected a number or a traced scalar")
-    return value if dtype is None else jnp.asarray(value).astype(dtype)
+    value = jnp.asarray(value)
+    return value if dtype is None else value.astype(dtype)

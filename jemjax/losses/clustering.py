@@ -12,10 +12,12 @@ import numbers
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jemjax.losses.checks import check_arrays, check_number
 from jemjax.losses.collectives import (
     AxisName,
+    as_number,
     batch_mean,
     batch_size,
     feature_gram,
@@ -23,11 +25,11 @@ from jemjax.losses.collectives import (
 )
 from jemjax.losses.distillation import cross_entropy_of_views
 
-Scalar = float | jax.Array
+Scalar = ArrayLike  # a number, or a traced scalar
 
 
 def sinkhorn(
-    scores: jax.Array,
+    scores: ArrayLike,
     *,
     epsilon: Scalar = 0.05,
     num_iterations: int = 3,
@@ -74,8 +76,8 @@ def sinkhorn(
 
 
 def assign(
-    scores: jax.Array,
-    queue_scores: jax.Array | None = None,
+    scores: ArrayLike,
+    queue_scores: ArrayLike | None = None,
     *,
     epsilon: Scalar = 0.05,
     num_iterations: int = 3,
@@ -119,8 +121,8 @@ def assign(
 
 
 def swapped_cross_entropy(
-    scores: jax.Array,
-    assignments: jax.Array,
+    scores: ArrayLike,
+    assignments: ArrayLike,
     *,
     temperature: Scalar = 0.1,
     axis_name: AxisName = None,
@@ -165,9 +167,9 @@ def swapped_cross_entropy(
 
 
 def swav(
-    scores: jax.Array,
+    scores: ArrayLike,
     *,
-    queue_scores: jax.Array | None = None,
+    queue_scores: ArrayLike | None = None,
     num_assigned: int = 2,
     temperature: Scalar = 0.1,
     epsilon: Scalar = 0.05,
@@ -271,7 +273,7 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
     # The bound acts only where `vmap` computes this branch for scores that are not
     # meant for it: its result is not used then, but must be finite.
     kernel = jnp.exp(jnp.clip(exponents, -bound, bound))  # (N, K)
-    count = batch_size(kernel, axis_name)
+    count = as_number(batch_size(kernel, axis_name), kernel.dtype)
 
     def prototypes(rows):  # (N,) -> (K,)
         sums = feature_gram(rows[:, None], kernel, axis_name)[0]

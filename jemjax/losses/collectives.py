@@ -8,10 +8,12 @@ it is the same scalar on each of them; and nothing that is sent is left out of t
 differentiation, but for shifts and scales that cancel in the loss.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec, reshard
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh, reshard
 
 AxisName = str | tuple[str, ...] | None
 
@@ -22,16 +24,33 @@ def axis_size(axis_name: AxisName) -> int:
 
 
 def batch_size(x: jax.Array, axis_name: AxisName) -> int:
-    """The number of rows of the global batch, a Python int."""
+    """The number of rows of the global batch, a Python int (see `is_known`)."""
     return x.shape[0] * axis_size(axis_name)
 
 
-def is_local(axis_name: AxisName) -> bool:
+def is_known(size: Any) -> bool:
+    """Whether a size is a number; `jax.export` may leave it open, as a symbol."""
+    return isinstance(size, int)
+
+
+def as_number(size: Any, dtype: Any) -> float | jax.Array:
+    """A size to compute with: a Python float, or a scalar where it is left open."""
+    return float(size) if is_known(size) else jnp.asarray(size, dtype)
+
+
+def is_local(x: jax.Array, axis_name: AxisName) -> bool:
     """Whether an array may be cut into blocks without sending anything.
 
-    On several devices the partitioner may have sharded it, out of sight.
+    With an axis name it is a shard. Without, it is on one device unless it is on a
+    mesh, or used under one: there the partitioner may have sharded it, out of sight.
     """
-    return axis_name is not None or jax.device_count() == 1
+    if axis_name is not None:
+        return True
+    return not any(
+        axis_type != AxisType.Manual and size > 1
+        for mesh in (jax.typeof(x).sharding.mesh, get_abstract_mesh())
+        for axis_type, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    )
 
 
 def psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -53,7 +72,8 @@ def batch_sum(x: jax.Array, axis_name: AxisName) -> jax.Array:
 def batch_mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """The mean over the rows of the global batch: (N, ...) -> (...)."""
     # Divided before the sum, which then overflows only where the mean does.
-    return batch_sum(x * (1.0 / batch_size(x, axis_name)), axis_name)
+    count = as_number(batch_size(x, axis_name), x.dtype)
+    return batch_sum(x * (1.0 / count), axis_name)
 
 
 def first_row(x: jax.Array, axis_name: AxisName) -> jax.Array | int:

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jemjax.losses import numerics
 from jemjax.losses.checks import (
@@ -19,15 +20,17 @@ from jemjax.losses.checks import (
 )
 from jemjax.losses.collectives import (
     AxisName,
+    as_number,
     batch_mean,
     first_row,
     gather,
+    is_known,
     is_local,
     psum,
     row_products,
 )
 
-Scalar = float | jax.Array
+Scalar = ArrayLike  # a number, or a traced scalar
 
 # From this temperature on no exp((cos - 1) / T) vanishes, whatever the cosine, and no
 # quotient of two sums of them overflows.
@@ -38,8 +41,8 @@ _BLOCK = 2**20
 
 
 def nt_xent(
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     temperature: Scalar = 0.1,
     axis_name: AxisName = None,
@@ -51,6 +54,8 @@ def nt_xent(
 
     with a+ the other view of a. SimCLR's code is twice this: it adds the means over
     either view's rows. Identical embeddings of all images have the value ln(2N - 1).
+    Rows shorter than 1e-6 (1e-3 for float16) are not normalized to 1 but stay shorter:
+    the cosine with a row of zeros is 0.
 
     Args:
         x: (N, D) embeddings of the first views.
@@ -72,8 +77,8 @@ def nt_xent(
     temperature = check_number(
         "temperature", temperature, exclusive=True, dtype=rows[0].dtype
     )
-    u = numerics.normalize_rows(rows[0], x.dtype)
-    v = numerics.normalize_rows(rows[1], y.dtype)
+    u = numerics.normalize_rows(rows[0], jnp.result_type(x))
+    v = numerics.normalize_rows(rows[1], jnp.result_type(y))
     if _warm(temperature):
         return _warm_nt_xent(u, v, temperature, axis_name)
     keys, count = _stacked(u, v, axis_name)  # (2N_global, D)
@@ -90,9 +95,9 @@ def nt_xent(
 
 
 def info_nce(
-    query: jax.Array,
-    key: jax.Array,
-    queue: jax.Array | None = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    queue: ArrayLike | None = None,
     *,
     temperature: Scalar = 0.2,
     stop_gradient: bool = True,
@@ -105,6 +110,12 @@ def info_nce(
     with k over k_n and the queue (MoCo v1, v2), or over the batch's keys (MoCo v3).
     MoCo v3's code is 2 T times this, added over the two directions. Identical
     embeddings of all images have the value ln(1 + Q), or ln N without a queue.
+    Queries and keys shorter than 1e-6 (1e-3 for float16) are not normalized to 1 but
+    stay shorter: the cosine with a row of zeros is 0.
+
+    A long queue is read in blocks, of which the cosines fit into a CPU's cache; all at
+    once where the partitioner may have sharded the batch, and where `jax.export` leaves
+    N open.
 
     Args:
         query: (N, D) embeddings of one view.
@@ -118,8 +129,8 @@ def info_nce(
         A scalar >= 0, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
-            below 2.
+        ValueError: for wrong shapes, dtypes or hyper-parameters, an empty batch, and,
+            without a queue, a global batch below 2.
 
     References:
         He, Fan, Wu, Xie, Girshick, 2019, MoCo (arXiv:1911.05722), equation 1.
@@ -128,19 +139,21 @@ def info_nce(
     arrays = {"query": (query, "ND"), "key": (key, "ND")}
     if queue is not None:
         arrays["queue"] = (queue, "QD")
-    q, k, *_ = check_arrays(axis_name, min_batch=2, **arrays)
+    min_batch = 2 if queue is None else 1  # whose other keys are the negatives
+    q, k, *_ = check_arrays(axis_name, min_batch, **arrays)
     temperature = check_number(
         "temperature", temperature, exclusive=True, dtype=q.dtype
     )
     if check_flag("stop_gradient", stop_gradient):
         k = lax.stop_gradient(k)
-    q = numerics.normalize_rows(q, query.dtype)
-    k = numerics.normalize_rows(k, key.dtype)
+    q = numerics.normalize_rows(q, jnp.result_type(query))
+    k = numerics.normalize_rows(k, jnp.result_type(key))
     if queue is not None:
         positive = jnp.sum(q * k, axis=1)  # (N,)
         earlier = gather(lax.stop_gradient(jnp.asarray(queue)), None)
         temperature = jnp.asarray(temperature, q.dtype)
-        block_size = max(1, _BLOCK // len(q)) if is_local(axis_name) else len(earlier)
+        whole = not is_local(q, axis_name) or not is_known(q.shape[0])
+        block_size = len(earlier) if whole else max(1, _BLOCK // len(q))
         losses = jax.nn.softplus(
             _log_others_over_own(q, positive, earlier, temperature, block_size)
         )
@@ -195,7 +208,7 @@ def _value_and_gradients(u, v, temperature, axis_name):
         weights = [(1.0 / (positive + of_others))[:, None] for of_others in sums]
         of_keys, _ = _stacked(weights[0], weights[1], axis_name)  # (2N_global, 1)
         pull = weights[0] * sums[0][:, None] + weights[1] * sums[1][:, None]  # (N, 1)
-        scale = 0.5 / (count * temperature)
+        scale = 0.5 / (as_number(count, u.dtype) * temperature)
         return [
             scale * (row_products(e * (weight + of_keys.T), keys.T) - pull * other)
             for e, weight, other in zip(negatives, weights, (v, u), strict=True)
@@ -292,9 +305,10 @@ def _negative_log_share(positive, cosines, temperature, excluded=False):
     The sum is without the `excluded`.
     """
     # Shifted by the largest, the sum is at least 1 at any temperature.
-    others = jnp.where(excluded, -jnp.inf, lax.stop_gradient(cosines))
+    lowest = float(jnp.finfo(cosines.dtype).min)
+    others = jnp.where(excluded, lowest, lax.stop_gradient(cosines))
     largest = jnp.max(others, axis=1)
-    # Zero, because minus infinity would make the temperature's gradient NaN.
+    # Zero, because the lowest number would make the temperature's gradient NaN.
     shifted = jnp.where(excluded, 0.0, cosines - largest[:, None]) / temperature
     shares = jnp.sum(jnp.where(excluded, 0.0, jnp.exp(shifted)), axis=1)
     return (largest - positive) / temperature + jnp.log(shares)

@@ -12,24 +12,27 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jemjax.losses import numerics
 from jemjax.losses.checks import check_embeddings, check_number
 from jemjax.losses.collectives import (
     AxisName,
+    as_number,
     axis_size,
     batch_size,
     batch_sum,
     feature_gram,
     features_for_rows,
     gather,
+    is_known,
     psum,
     row_gram,
     row_products,
     rows_for_features,
 )
 
-Scalar = float | jax.Array
+Scalar = ArrayLike  # a number, or a traced scalar
 Form = Literal["all_to_all", "gather", "sum"]
 
 
@@ -49,7 +52,7 @@ class BarlowTwinsTerms(NamedTuple):
 
 
 def variance_hinge(
-    h: jax.Array,
+    h: ArrayLike,
     *,
     gamma: Scalar = 1.0,
     eps: Scalar = 1e-4,
@@ -88,13 +91,13 @@ def variance_hinge(
     if on == "std":
         eps = check_number("eps", eps, exclusive=True, dtype=h.dtype)
     squares = batch_sum(jnp.square(numerics.center(h, axis_name)), axis_name)
-    count = batch_size(h, axis_name)
+    count = as_number(batch_size(h, axis_name), h.dtype)
     if on == "std":
         return _std_hinge(squares, count, gamma, eps)
     return _hinge(squares / count, gamma)
 
 
-def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
+def covariance_penalty(h: ArrayLike, *, axis_name: AxisName = None) -> jax.Array:
     """How much the dimensions vary together: the squared off-diagonal covariances.
 
     1/D sum_{i != j} C_ij^2,  C = H'H / (N - 1) of the centered H
@@ -102,7 +105,7 @@ def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array
     For N < 3/4 D it is computed as 1/D (||HH'||^2 - sum_i (H'H)_ii^2) / (N - 1)^2,
     without C (over an axis, for N < D). That difference loses precision where a few
     dimensions are orders of magnitude larger than the rest; where it would because N is
-    near D, C is formed instead.
+    near D, C is formed instead. C is formed, too, where `jax.export` leaves N open.
 
     Args:
         h: (N, D) embeddings, float16, bfloat16, float32 or float64.
@@ -118,14 +121,13 @@ def covariance_penalty(h: jax.Array, *, axis_name: AxisName = None) -> jax.Array
         Bardes, Ponce, LeCun, 2022, VICReg (arXiv:2105.04906), equations 3 and 4.
     """
     (h,) = check_embeddings(axis_name, h=h)
-    count = batch_size(h, axis_name)
-    _, penalty = _moments(h, count - 1, True, axis_name)
+    _, penalty = _moments(h, 1, True, axis_name)
     return penalty
 
 
 def vicreg_terms(
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     gamma: Scalar = 1.0,
     eps: Scalar = 1e-4,
@@ -157,10 +159,10 @@ def vicreg_terms(
     x, y = check_embeddings(axis_name, x=x, y=y)
     gamma = check_number("gamma", gamma, dtype=x.dtype)
     eps = check_number("eps", eps, exclusive=True, dtype=x.dtype)
-    count = batch_size(x, axis_name)
+    count = as_number(batch_size(x, axis_name), x.dtype)
     variance, covariance = [], []
     for h in (x, y):
-        squares, penalty = _moments(h, count - 1, True, axis_name)
+        squares, penalty = _moments(h, 1, True, axis_name)
         variance.append(_std_hinge(squares, count, gamma, eps))
         covariance.append(penalty)
     return VICRegTerms(
@@ -171,8 +173,8 @@ def vicreg_terms(
 
 
 def vicreg(
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     invariance_weight: Scalar = 25.0,
     variance_weight: Scalar = 25.0,
@@ -190,6 +192,10 @@ def vicreg(
     sqrt(eps)): 24.75 with the defaults. The variance term is averaged and the
     covariance term is summed over the two views, as in the official code; the paper's
     pseudocode sums both.
+
+    As in `covariance_penalty`, the covariance term loses precision for N < 3/4 D (over
+    an axis, for N < D) where a few dimensions are orders of magnitude larger than the
+    rest: up to 3e-3 of its value where one column has nearly all of the variance.
 
     Args:
         x: (N, D) embeddings of the first views.
@@ -223,8 +229,8 @@ def vicreg(
 
 
 def lecture_energy(
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     gamma: Scalar = 1.0,
     center: bool = True,
@@ -237,6 +243,10 @@ def lecture_energy(
 
     Against `vicreg`: the hinge is on the variance, not the standard deviation; the
     covariance has 1/N; the invariance sums over D; both views are summed; no weights.
+
+    As in `covariance_penalty`, the sum of C_ij^2 loses precision for N < 3/4 D (over an
+    axis, for N < D) where a few dimensions are orders of magnitude larger than the
+    rest: up to 3e-3 of its value where one column has nearly all of the variance.
 
     Args:
         x: (N, D) embeddings of the first views.
@@ -259,16 +269,16 @@ def lecture_energy(
     gamma = check_number("gamma", gamma, dtype=x.dtype)
     if not isinstance(center, bool):
         raise ValueError(f"center: got {center!r}, expected True or False")
-    count = batch_size(x, axis_name)
+    count = as_number(batch_size(x, axis_name), x.dtype)
     energy = _mean_square(x - y, count, axis_name)
     for h in (x, y):
-        squares, penalty = _moments(h, count, center, axis_name)
+        squares, penalty = _moments(h, 0, center, axis_name)
         energy = energy + _hinge(squares / count, gamma) + penalty
     return energy
 
 
 def barlow_twins_terms(
-    x: jax.Array, y: jax.Array, *, eps: Scalar = 1e-5, axis_name: AxisName = None
+    x: ArrayLike, y: ArrayLike, *, eps: Scalar = 1e-5, axis_name: AxisName = None
 ) -> BarlowTwinsTerms:
     """How far the cross-correlation of the two views is from the identity.
 
@@ -276,7 +286,8 @@ def barlow_twins_terms(
     on_diagonal = sum_i (c_ii - 1)^2,  off_diagonal = sum_{i != j} c_ij^2
 
     For N < 3/4 D (over an axis, N < D) the off-diagonal sum is
-    <x^ x^', y^ y^'> / N^2 - sum_i c_ii^2, without c.
+    <x^ x^', y^ y^'> / N^2 - sum_i c_ii^2, without c. Where `jax.export` leaves N open,
+    c is formed.
 
     Args:
         x: (N, D) embeddings of the first views.
@@ -296,13 +307,13 @@ def barlow_twins_terms(
     """
     x, y = check_embeddings(axis_name, x=x, y=y)
     eps = check_number("eps", eps, exclusive=True, dtype=x.dtype)
-    count = batch_size(x, axis_name)
+    count = as_number(batch_size(x, axis_name), x.dtype)
     x = numerics.standardize(x, eps, axis_name)
     y = numerics.standardize(y, eps, axis_name)
     # Divided last: a factor on x and y would shift all of c, where c_ii - 1 shows it.
     diagonal = batch_sum(x * y, axis_name) / count  # (D,)
     form = _form(x, axis_name)
-    off_diagonal = _sum_of_squares((x, y), form, axis_name) / float(count) ** 2
+    off_diagonal = _sum_of_squares((x, y), form, axis_name) / count**2
     if form != "sum":
         off_diagonal = off_diagonal - jnp.sum(jnp.square(diagonal))
         off_diagonal = numerics.nonnegative(off_diagonal)
@@ -310,8 +321,8 @@ def barlow_twins_terms(
 
 
 def barlow_twins(
-    x: jax.Array,
-    y: jax.Array,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     off_diagonal_weight: Scalar = 0.0051,
     eps: Scalar = 1e-5,
@@ -427,21 +438,21 @@ def _std_hinge(squares, count, gamma, eps):
 # the gradient is that of its own rows. A transposed collective would send as much
 # again. Since a rule is itself made of products, not constants, it holds to any order.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _moments(h, normalizer, centered, axis_name):
-    """What the losses need of C = h'h / normalizer: its diagonal and the rest.
+def _moments(h, fewer, centered, axis_name):
+    """What the losses need of C = h'h / (N - fewer): its diagonal and the rest.
 
     The squares of the columns, (D,), and 1/D sum_{i != j} C_ij^2. With `centered`, the
     mean over the batch is subtracted from `h` first.
     """
-    squares, penalty, _, _ = _moments_and_gradient(h, normalizer, centered, axis_name)
+    squares, penalty, _, _ = _moments_and_gradient(h, fewer, centered, axis_name)
     return squares, penalty
 
 
 @_moments.defjvp
-def _moments_jvp(normalizer, centered, axis_name, primals, tangents):
+def _moments_jvp(fewer, centered, axis_name, primals, tangents):
     (h,), (change,) = primals, tangents
     squares, penalty, rows, gradient = _moments_and_gradient(
-        h, normalizer, centered, axis_name
+        h, fewer, centered, axis_name
     )
     # Centered rows, and so this gradient, sum to zero over the batch: they are the
     # derivatives for what was centered and for what was not.
@@ -450,9 +461,10 @@ def _moments_jvp(normalizer, centered, axis_name, primals, tangents):
     return (squares, penalty), (of_squares, of_penalty)
 
 
-def _moments_and_gradient(h, normalizer, centered, axis_name):
+def _moments_and_gradient(h, fewer, centered, axis_name):
     """The value of `_moments`, the rows it is of, and a function for its gradient."""
     features = h.shape[1]
+    normalizer = as_number(batch_size(h, axis_name) - fewer, h.dtype)
     rows = numerics.center(h, axis_name) if centered else h
     # Made once: XLA would make parts of it again for each use, and keep them all.
     rows = lax.optimization_barrier(rows)
@@ -468,9 +480,9 @@ def _moments_and_gradient(h, normalizer, centered, axis_name):
         total = numerics.nonnegative(total - jnp.sum(jnp.square(diagonal)))
     # Multiplied in steps: the product is infinite only where the value is. 0 * inf
     # cannot arise, since `unit` is finite but where the squares overflowed.
-    scale = unit * (1.0 / (float(normalizer) * features**0.5))
+    scale = unit * (1.0 / (normalizer * features**0.5))
     penalty = total * (scale * unit) * (scale * unit)
-    penalty = jnp.where(jnp.isposinf(unit), jnp.inf, penalty)
+    penalty = jnp.where(unit > float(jnp.finfo(h.dtype).max), unit, penalty)
 
     def gradient():
         (of_products,) = gradients()
@@ -482,7 +494,11 @@ def _moments_and_gradient(h, normalizer, centered, axis_name):
 
 
 def _form(x, axis_name):
-    return cheapest_form(batch_size(x, axis_name), x.shape[1], axis_size(axis_name))
+    count = batch_size(x, axis_name)
+    # Where N is left open by `jax.export`, D x D: its memory does not depend on N.
+    if not is_known(count):
+        return "sum"
+    return cheapest_form(count, x.shape[1], axis_size(axis_name))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -15,25 +15,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from jemjax.losses.checks import check_arrays, check_flag, check_number
 from jemjax.losses.collectives import (
     AxisName,
+    as_number,
     axis_size,
     batch_mean,
+    is_known,
     is_local,
     psum,
 )
 
-Scalar = float | jax.Array
+Scalar = ArrayLike  # a number, or a traced scalar
 
 # Numbers of the logits whose gradient is computed at once: 8 MiB in float32.
 _BLOCK = 2**21
 
 
 def cross_entropy(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
     student_temperature: Scalar = 0.1,
     teacher_temperature: Scalar = 0.04,
@@ -59,8 +62,7 @@ def cross_entropy(
         A scalar >= 0, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
-            below 2.
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and an empty batch.
 
     References:
         Hinton, Vinyals, Dean, 2015, Distilling the Knowledge in a Neural Network
@@ -68,6 +70,7 @@ def cross_entropy(
     """
     student, teacher = check_arrays(
         axis_name,
+        min_batch=1,
         student_logits=(student_logits, "NK"),
         teacher_logits=(teacher_logits, "NK"),
     )
@@ -84,9 +87,9 @@ def cross_entropy(
 
 
 def dino(
-    student_logits: jax.Array,
-    teacher_logits: jax.Array,
-    center: jax.Array,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    center: ArrayLike,
     *,
     student_temperature: Scalar = 0.1,
     teacher_temperature: Scalar = 0.04,
@@ -104,6 +107,10 @@ def dino(
     update by this batch (`update_center`). Equal logits of all the outputs have the
     value ln K; a student and a teacher that always choose one same output have 0.
 
+    The gradient of large logits is computed block by block of examples, in their place;
+    all at once in float16, where the partitioner may have sharded the batch, and where
+    `jax.export` leaves N open.
+
     Args:
         student_logits: (V, N, K), V >= 2.
         teacher_logits: (G, N, K), G <= V.
@@ -118,13 +125,14 @@ def dino(
 
     Raises:
         ValueError: for wrong shapes, dtypes or hyper-parameters, fewer student views
-            than teacher views or than 2, and a global batch below 2.
+            than teacher views or than 2, and an empty batch.
 
     References:
         Caron et al., 2021, DINO (arXiv:2104.14294).
     """
     student, teacher, center = check_arrays(
         axis_name,
+        min_batch=1,
         student_logits=(student_logits, "VNK"),
         teacher_logits=(teacher_logits, "GNK"),
         center=(center, "K"),
@@ -165,35 +173,42 @@ def cross_entropy_of_views(
     Returns:
         A scalar of the targets' dtype, with gradients for all that have one.
     """
-    views, rows, _ = logits.shape
-    scale = 1.0 / (targets.shape[0] * (views - 1) * rows * axis_size(axis_name))
     temperature = jnp.asarray(temperature, targets.dtype)
     # float16 is not cut either: a block's gradient is rounded before the loss scale
     # reaches it.
-    whole = not is_local(axis_name) or logits.dtype == jnp.float16
-    together = rows if whole else _rows_together(logits.shape)
-    total = _sum_over_views(logits, targets, temperature, scale, together)
+    whole = not is_local(logits, axis_name) or logits.dtype == jnp.float16
+    together = logits.shape[1] if whole else _rows_together(logits.shape)
+    shards = axis_size(axis_name)
+    total = _sum_over_views(logits, targets, temperature, shards, together)
     return psum(total, axis_name)
+
+
+def _weight(logits, targets, shards):
+    """Of each view of each row in the mean."""
+    pairs = targets.shape[0] * (logits.shape[0] - 1)
+    return 1.0 / as_number(pairs * logits.shape[1] * shards, targets.dtype)
 
 
 def _rows_together(shape):
     """The rows of a block, of at most `_BLOCK` numbers; all if none divides well."""
     views, rows, outputs = shape
+    if not is_known(rows):
+        return rows
     fitting = max(1, _BLOCK // (views * outputs))
     most = max(n for n in range(1, min(rows, fitting) + 1) if rows % n == 0)
     return most if 8 * most >= min(rows, fitting) else rows
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _sum_over_views(logits, targets, temperature, scale, together):
-    """`scale` times the cross-entropies of all the pairs of views and all the rows."""
+def _sum_over_views(logits, targets, temperature, shards, together):
+    """This shard's part of the mean cross-entropy of all pairs of views and rows."""
     del together
     total, _ = _sum_and_gradient(logits, targets, temperature)
-    return scale * total
+    return _weight(logits, targets, shards) * total
 
 
 @functools.partial(_sum_over_views.defjvp, symbolic_zeros=True)
-def _sum_over_views_jvp(scale, together, primals, tangents):
+def _sum_over_views_jvp(shards, together, primals, tangents):
     """For the logits alone, the gradient is made block by block of rows in their place.
 
     A block stays in a CPU's cache, and no softmax of all the views is kept.
@@ -206,8 +221,7 @@ def _sum_over_views_jvp(scale, together, primals, tangents):
             arrays = list(primals)
             for index, array in zip(varied, changed, strict=True):
                 arrays[index] = array
-            total, _ = _sum_and_gradient(*arrays)
-            return scale * total
+            return _sum_over_views.fun(*arrays, shards, together)
 
         # Of those that vary alone: zeros made here as tangents of the others would not
         # be known to vary over a mesh's axes, as the others do.
@@ -215,20 +229,30 @@ def _sum_over_views_jvp(scale, together, primals, tangents):
             plain, [primals[i] for i in varied], [tangents[i] for i in varied]
         )
 
+    gradient, total = _in_blocks(logits, targets, temperature, shards, together)
+    change = gradient.astype(targets.dtype) * tangents[0].astype(targets.dtype)
+    return total, jnp.sum(change)
+
+
+# Compiled by itself, or each call outside of `jit` would compile the loop anew.
+@functools.partial(jax.jit, static_argnames=("shards", "together"))
+def _in_blocks(logits, targets, temperature, shards, together):
+    """The gradient of `_sum_over_views` for the logits, and its value."""
+    weight = _weight(logits, targets, shards)
+
     def replace(array, first):
         own, target = (
             lax.dynamic_slice_in_dim(of, first, together, axis=1)
             for of in (array, targets)
         )
         total, gradients = _sum_and_gradient(own, target, temperature)
-        gradient = (scale * jnp.concatenate(gradients)).astype(array.dtype)
+        gradient = (weight * jnp.concatenate(gradients)).astype(array.dtype)
         array = lax.dynamic_update_slice_in_dim(array, gradient, first, axis=1)
-        return array, scale * total
+        return array, weight * total
 
     starts = jnp.arange(0, logits.shape[1], together, dtype=jnp.int32)
     gradient, totals = lax.scan(replace, logits, starts)
-    change = gradient.astype(targets.dtype) * tangents[0].astype(targets.dtype)
-    return jnp.sum(totals), jnp.sum(change)
+    return gradient, jnp.sum(totals)
 
 
 def _sum_and_gradient(logits, targets, temperature):
@@ -256,8 +280,8 @@ def _targets_of_others(targets):
 
 
 def update_center(
-    center: jax.Array,
-    teacher_logits: jax.Array,
+    center: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
     momentum: Scalar = 0.9,
     axis_name: AxisName = None,
@@ -288,11 +312,11 @@ def update_center(
         center=(center, "K"),
         teacher_logits=(teacher_logits, "GNK"),
     )
-    momentum = check_number("momentum", momentum, maximum=1.0, dtype=center.dtype)
+    kept = check_number("momentum", momentum, maximum=1.0, dtype=center.dtype)
     center, teacher = lax.stop_gradient((center, teacher))
     teacher = jnp.sum(teacher * (1.0 / teacher.shape[0]), axis=0)  # (N, K)
     mean = batch_mean(teacher, axis_name)  # (K,)
-    return momentum * center + (1.0 - momentum) * mean
+    return kept * center + (1.0 - kept) * mean
 
 
 def _softmax(logits, temperature):

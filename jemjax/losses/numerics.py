@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jemjax.losses.collectives import AxisName, batch_mean, pmax
 
@@ -27,11 +28,14 @@ def center(x: jax.Array, axis_name: AxisName) -> jax.Array:
     mean = batch_mean(shifted, axis_name)  # (...)
     # Where finite numbers differ by more than the dtype's range, a difference is minus
     # infinity, and so is the mean: without it, there is no NaN.
-    overflown = jnp.isneginf(mean) & ~jnp.isneginf(jnp.min(x, axis=0))
+    # Compared with the lowest number: a constant of infinity fails under
+    # jax_debug_infs.
+    lowest = float(jnp.finfo(x.dtype).min)
+    overflown = (mean < lowest) & (jnp.min(x, axis=0) >= lowest)
     return shifted - jnp.where(overflown, 0.0, mean)[None]
 
 
-def std(variance: jax.Array, eps: jax.Array | float) -> jax.Array:
+def std(variance: jax.Array, eps: ArrayLike) -> jax.Array:
     """Standard deviation of which the gradient is finite at zero: sqrt(variance + eps).
 
     Args:
@@ -44,7 +48,7 @@ def std(variance: jax.Array, eps: jax.Array | float) -> jax.Array:
     return jnp.sqrt(variance + eps)
 
 
-def standardize(x: jax.Array, eps: jax.Array | float, axis_name: AxisName) -> jax.Array:
+def standardize(x: jax.Array, eps: Any, axis_name: AxisName) -> jax.Array:
     """Zero mean and unit (biased) variance over the first axis: (N, ...) -> (N, ...).
 
     (x - mean) / sqrt(variance + eps), as batch normalization without scale and offset.
@@ -96,7 +100,7 @@ def nonnegative(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, x - lax.stop_gradient(x), x)
 
 
-def weighted_sum(*pairs: tuple[jax.Array | float, jax.Array]) -> jax.Array:
+def weighted_sum(*pairs: tuple[Any, jax.Array]) -> jax.Array:
     """The sum of weight * term, in which a weight of 0 removes even an infinite term.
 
     Args:

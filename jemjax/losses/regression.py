@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jemjax.losses import numerics
 from jemjax.losses.checks import (
@@ -17,9 +18,15 @@ from jemjax.losses.checks import (
     check_flag,
     check_number,
 )
-from jemjax.losses.collectives import AxisName, batch_mean, batch_size, psum
+from jemjax.losses.collectives import (
+    AxisName,
+    as_number,
+    batch_mean,
+    batch_size,
+    psum,
+)
 
-Scalar = float | jax.Array
+Scalar = ArrayLike  # a number, or a traced scalar
 Normalization = Literal["layer", "instance"] | None
 
 # Added to the variance by both official codes of data2vec.
@@ -27,8 +34,8 @@ _NORMALIZATION_EPS = 1e-5
 
 
 def byol(
-    prediction: jax.Array,
-    target: jax.Array,
+    prediction: ArrayLike,
+    target: ArrayLike,
     *,
     stop_gradient: bool = True,
     axis_name: AxisName = None,
@@ -52,7 +59,7 @@ def byol(
         A scalar in [0, 4], float32 (float64 for float64 input).
 
     Raises:
-        ValueError: for wrong shapes or dtypes, and a global batch below 2.
+        ValueError: for wrong shapes or dtypes, and an empty batch.
 
     References:
         Grill et al., 2020, BYOL (arXiv:2006.07733), equation 2.
@@ -62,8 +69,8 @@ def byol(
 
 
 def negative_cosine(
-    prediction: jax.Array,
-    target: jax.Array,
+    prediction: ArrayLike,
+    target: ArrayLike,
     *,
     stop_gradient: bool = True,
     axis_name: AxisName = None,
@@ -73,8 +80,9 @@ def negative_cosine(
     -1/N sum_n cos(p_n, t_n)
 
     One direction. SimSiam's loss is the average of the two directions, in [-1, 1].
-    Identical embeddings of all images have the value -1. The cosine with a row of zeros
-    is 0.
+    Identical embeddings of all images have the value -1.
+    Rows of zeros, and those shorter than 1e-6 (1e-3 for float16), stay shorter than 1:
+    the cosine with a row of zeros is 0.
 
     Args:
         prediction: (N, D) predictor's outputs for one view.
@@ -86,7 +94,7 @@ def negative_cosine(
         A scalar in [-1, 1], float32 (float64 for float64 input).
 
     Raises:
-        ValueError: for wrong shapes or dtypes, and a global batch below 2.
+        ValueError: for wrong shapes or dtypes, and an empty batch.
 
     References:
         Chen, He, 2020, Exploring Simple Siamese Representation Learning
@@ -97,7 +105,7 @@ def negative_cosine(
 
 
 def data2vec_target(
-    layers: jax.Array,
+    layers: ArrayLike,
     *,
     layer_normalization: Normalization = "layer",
     final_normalization: Normalization = "layer",
@@ -138,11 +146,11 @@ def data2vec_target(
 
 
 def smooth_l1(
-    prediction: jax.Array,
-    target: jax.Array,
+    prediction: ArrayLike,
+    target: ArrayLike,
     *,
     beta: Scalar = 2.0,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     stop_gradient: bool = True,
     axis_name: AxisName = None,
 ) -> jax.Array:
@@ -168,21 +176,21 @@ def smooth_l1(
         A scalar >= 0, float32 (float64 for float64 input); +inf beyond its range.
 
     Raises:
-        ValueError: for wrong shapes, dtypes or hyper-parameters, and a global batch
-            below 2.
+        ValueError: for wrong shapes, dtypes or hyper-parameters, and an empty batch.
 
     References:
         Baevski et al., 2022, data2vec (arXiv:2202.03555), equation 2.
     """
     prediction, target = check_arrays(
-        axis_name, prediction=(prediction, "NTD"), target=(target, "NTD")
+        axis_name, min_batch=1, prediction=(prediction, "NTD"), target=(target, "NTD")
     )
     beta = check_number("beta", beta, dtype=prediction.dtype)
     if check_flag("stop_gradient", stop_gradient):
         target = lax.stop_gradient(target)
     difference = prediction - target
     if mask is None:
-        tokens = float(batch_size(difference, axis_name) * difference.shape[1])
+        tokens = batch_size(difference, axis_name) * difference.shape[1]
+        tokens = as_number(tokens, difference.dtype)
     else:
         mask = _check_mask(mask, difference.shape[:2])
         difference = jnp.where(mask[..., None], difference, 0.0)
@@ -192,12 +200,12 @@ def smooth_l1(
 
 
 def _unit_rows(prediction, target, stop_gradient, axis_name):
-    p, t = check_embeddings(axis_name, prediction=prediction, target=target)
+    p, t = check_embeddings(axis_name, 1, prediction=prediction, target=target)
     if check_flag("stop_gradient", stop_gradient):
         t = lax.stop_gradient(t)
     return (
-        numerics.normalize_rows(p, prediction.dtype),
-        numerics.normalize_rows(t, target.dtype),
+        numerics.normalize_rows(p, jnp.result_type(prediction)),
+        numerics.normalize_rows(t, jnp.result_type(target)),
     )
 
 

@@ -31,6 +31,7 @@ class Loss(NamedTuple):
         scaled: whether a factor for each row does not matter.
         own_constants: whether it makes constants of parts of an array that also has a
             gradient, which is then not the derivative of the value.
+        of_each: whether it is a mean of what single examples have.
         direct: whether `function` is the loss itself, and so refuses what it refuses.
     """
 
@@ -48,6 +49,7 @@ class Loss(NamedTuple):
     translated: bool = False
     scaled: bool = False
     own_constants: bool = False
+    of_each: bool = False
     direct: bool = True
 
     @property
@@ -179,6 +181,7 @@ TABLE = {
         collapsed=lambda n, d: math.log(d),
         normalizing=True,
         translated=True,
+        of_each=True,
     ),
     "dino": Loss(
         functools.partial(_dino, student_views=2),
@@ -188,6 +191,7 @@ TABLE = {
         normalizing=True,
         translated=True,
         direct=False,
+        of_each=True,
     ),
     "dino, local views": Loss(
         functools.partial(_dino, student_views=4),
@@ -197,6 +201,7 @@ TABLE = {
         normalizing=True,
         translated=True,
         direct=False,
+        of_each=True,
     ),
     "byol": Loss(
         losses.byol,
@@ -206,6 +211,7 @@ TABLE = {
         blind=True,
         normalizing=True,
         scaled=True,
+        of_each=True,
     ),
     "negative_cosine": Loss(
         losses.negative_cosine,
@@ -216,6 +222,7 @@ TABLE = {
         collapsed_at_zero=0.0,
         normalizing=True,
         scaled=True,
+        of_each=True,
     ),
     "smooth_l1": Loss(
         _smooth_l1,
@@ -226,6 +233,7 @@ TABLE = {
         normalizing=True,
         translated=True,
         direct=False,
+        of_each=True,
     ),
     "smooth_l1, masked": Loss(
         functools.partial(_smooth_l1, masked=True),
@@ -246,6 +254,7 @@ TABLE = {
         blind=True,
         translated=True,
         direct=False,
+        of_each=True,
     ),
     "nt_xent": Loss(
         losses.nt_xent,
@@ -274,7 +283,13 @@ TABLE = {
         scaled=True,
     ),
     "info_nce, queue": Loss(
-        _queued, MATCHED, constants=1, normalizing=True, scaled=True, direct=False
+        _queued,
+        MATCHED,
+        constants=1,
+        normalizing=True,
+        scaled=True,
+        of_each=True,
+        direct=False,
     ),
 }
 

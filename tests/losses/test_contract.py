@@ -92,12 +92,30 @@ def test_refusals(name, context):
 
     for bad in (jnp.ones(4), jnp.ones((4, 3, 2)), jnp.ones((4, 3), int), jnp.ones(())):
         refused(f"{names[0]}: got", *[bad] * count)
-    refused(r"got a global batch of 1, expected at least 2", *[good[:1]] * count)
+    if TABLE[name].of_each:
+        refused("got a global batch of 0, expected at least 1", *[good[:0]] * count)
+    else:
+        refused("got a global batch of 1, expected at least 2", *[good[:1]] * count)
     refused(r"got shape \(4, 0\), expected [DK] >= 1", *[good[:, :0]] * count)
     if count == 2:
         expected = rf"{names[1]}: got shape \({{}}\), expected \(4, 3\)"
         refused(expected.format("1, 3"), good, good[:1])
         refused(expected.format("4, 1"), good, good[:, :1])
+
+
+@_every(lambda loss: loss.of_each)
+def test_of_one_example(name):
+    """It is what the loss is the mean of."""
+    arrays = _random((3, 4), count=TABLE[name].count)
+    alone = [TABLE[name].function(*[a[i : i + 1] for a in arrays]) for i in range(3)]
+    np.testing.assert_allclose(TABLE[name].function(*arrays), np.mean(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [losses.byol, losses.nt_xent, losses.vicreg])
+def test_float8_is_refused(loss):
+    rows = jnp.ones((4, 3), jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match=": got dtype float8_e4m3fn, expected one of"):
+        loss(rows, rows)
 
 
 ROWS, STACK, OUTPUTS = (4, 3), (2, 4, 3), (3,)
@@ -196,13 +214,13 @@ def test_refused_hyper_parameters(loss, argument, value):
         (losses.dino, (STACK, (2, 5, 3), (3,)), r"teacher_logits: .* \(2, 4, 3\)"),
         (losses.dino, ((1, 4, 3), (1, 4, 3), (3,)), "got 1 views, expected at least 2"),
         (losses.dino, (STACK, (3, 4, 3), (3,)), "got 2 views, .* the 3 of teacher"),
-        (losses.dino, ((2, 1, 3), (2, 1, 3), (3,)), "got a global batch of 1"),
+        (losses.dino, ((2, 0, 3), (2, 0, 3), (3,)), "got a global batch of 0"),
         (losses.update_center, ((4,), STACK), r"teacher_logits: .* \(2, 4, 4\)"),
         (losses.data2vec_target, (STACK,), r"layers: .* \(L, N, T, D\)"),
         (losses.data2vec_target, ((0, 2, 4, 3),), "layers: .* expected L >= 1"),
         (losses.smooth_l1, (ROWS, ROWS), r"prediction: .* \(N, T, D\)"),
         (losses.smooth_l1, (STACK, (2, 4, 1)), r"target: .* \(2, 4, 3\)"),
-        (losses.smooth_l1, ((1, 4, 3), (1, 4, 3)), "got a global batch of 1"),
+        (losses.smooth_l1, ((0, 4, 3), (0, 4, 3)), "got a global batch of 0"),
         (losses.info_nce, (ROWS, ROWS, STACK), r"queue: .* \(Q, D\)"),
     ],
 )

@@ -108,7 +108,7 @@ def test_exchanged_features_where_contexts_differ_most(context):
 def _plain_vicreg(x, y):
     value = 25 * jnp.mean((x - y) ** 2)
     for h in (x, y):
-        h = h - jnp.mean(h, axis=0)
+        h = h - jnp.mean(h, axis=0, keepdims=True)
         c = h.T @ h / (h.shape[0] - 1)
         std = jnp.sqrt(jnp.diagonal(c) + 1e-4)
         value = value + 12.5 * jnp.mean(jax.nn.relu(1 - std))
@@ -118,7 +118,9 @@ def _plain_vicreg(x, y):
 
 def _plain_barlow_twins(x, y):
     x, y = (
-        (h - jnp.mean(h, axis=0)) / jnp.sqrt(jnp.var(h, axis=0) + 1e-5) for h in (x, y)
+        (h - jnp.mean(h, axis=0, keepdims=True))
+        / jnp.sqrt(jnp.var(h, axis=0, keepdims=True) + 1e-5)
+        for h in (x, y)
     )
     c = x.T @ y / x.shape[0]
     on_diagonal = jnp.sum((jnp.diagonal(c) - 1) ** 2)

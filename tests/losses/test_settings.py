@@ -1,0 +1,141 @@
+"""Settings and transformations that other projects use the losses under."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from losses.table import NATURAL, TABLE
+
+from jemjax import losses
+from jemjax.losses import covariance, distillation
+from jemjax.losses.collectives import is_local
+
+
+def _random(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# A batch of unknown size
+
+
+@pytest.mark.parametrize("constraints", [(), ("b >= 16",)], ids=str)
+@pytest.mark.parametrize("name", TABLE)
+def test_a_symbolic_batch_is_traced(name, constraints):
+    loss = TABLE[name]
+    (batch,) = jax.export.symbolic_shape("b", constraints=constraints)
+    rows = jax.ShapeDtypeStruct((batch, 6), jnp.float32)
+    run = jax.value_and_grad(loss.function, tuple(range(loss.count)))
+    _, gradients = jax.eval_shape(run, *[rows] * loss.count)
+    assert {gradient.shape for gradient in gradients} == {(batch, 6)}
+
+
+@pytest.mark.parametrize("name", ["vicreg", "barlow_twins", "nt_xent", "dino"])
+def test_an_exported_loss_takes_any_batch(name):
+    loss = TABLE[name]
+    run = jax.jit(jax.value_and_grad(loss.function, tuple(range(loss.count))))
+    rows = jax.ShapeDtypeStruct((jax.export.symbolic_shape("b")[0], 6), jnp.float32)
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(run, platforms=platforms)(*[rows] * loss.count)
+    arrays = [_random((3, 6), seed) for seed in range(loss.count)]
+    expected = jax.tree.leaves(run(*arrays))
+    for got, leaf in zip(
+        jax.tree.leaves(exported.call(*arrays)), expected, strict=True
+    ):
+        np.testing.assert_allclose(got, leaf, rtol=1e-5, atol=1e-6)
+
+
+# No infinity is made and discarded
+
+
+def _cold(x, y):
+    return losses.nt_xent(x, y, temperature=0.01)
+
+
+def _target(x):
+    target = losses.data2vec_target(x.reshape(1, 2, 2, -1), stop_gradient=False)
+    return jnp.sum(jnp.square(target))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [losses.covariance_penalty, losses.variance_hinge, losses.nt_xent, _cold, _target],
+    ids=lambda loss: loss.__name__,
+)
+def test_no_infinity_is_made_on_purpose(loss):
+    count = 2 if loss in (losses.nt_xent, _cold) else 1
+    arrays = [jnp.asarray(_random((4, 6), seed)) for seed in range(count)]
+    with jax.debug_infs(True), jax.debug_nans(True):
+        jax.value_and_grad(loss)(*arrays)
+
+
+# Forms of little memory
+
+
+def test_what_is_on_one_device_may_be_cut():
+    assert jax.device_count() == 8
+    rows = jnp.zeros((8, 3))
+    auto = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(rows, NamedSharding(auto, jax.P("data")))
+
+    def seen(array):
+        result = []
+        jax.jit(lambda a: result.append(is_local(jnp.sin(a), None))).lower(array)
+        return result[0]
+
+    assert is_local(rows, None) and seen(rows)
+    assert not is_local(sharded, None) and not seen(sharded)
+    with jax.set_mesh(auto):
+        assert not is_local(rows, None) and not seen(rows)
+    inside = []
+    jax.eval_shape(
+        jax.shard_map(
+            lambda a: inside.append(is_local(a, "data")) or a,
+            mesh=auto,
+            in_specs=jax.P("data"),
+            out_specs=jax.P("data"),
+        ),
+        sharded,
+    )
+    assert inside == [True]
+
+
+@pytest.mark.parametrize("name", ["dino", "swav"])
+def test_a_gradient_outside_of_jit_compiles_once(monkeypatch, name):
+    traced = []
+    computed = distillation._sum_and_gradient
+
+    def counted(*arrays):
+        traced.append(1)
+        return computed(*arrays)
+
+    # A size of block that no other test has compiled for.
+    monkeypatch.setattr(distillation, "_BLOCK", 80)
+    monkeypatch.setattr(distillation, "_sum_and_gradient", counted)
+    loss, shapes, _ = NATURAL[name]
+    arrays = [jnp.asarray(_random(shape)) for shape in shapes]
+    jax.grad(loss)(*arrays)
+    assert len(traced) == 1
+    jax.grad(loss)(*arrays)
+    assert len(traced) == 1
+
+
+# Where one form gives way to another
+
+
+@pytest.mark.parametrize("rows", [11, 12])
+@pytest.mark.parametrize("name", ["vicreg", "lecture_energy", "barlow_twins"])
+def test_forms_agree_on_both_sides_of_the_switch(monkeypatch, name, rows):
+    assert covariance.cheapest_form(rows, 16, 1) == ("gather", "sum")[rows - 11]
+    run = functools.partial(jax.value_and_grad, argnums=(0, 1))
+    arrays = [_random((rows, 16), seed) for seed in range(2)]
+    results = []
+    for form in ("gather", "sum"):
+        monkeypatch.setattr(covariance, "cheapest_form", lambda *_, form=form: form)
+        value, gradients = jax.jit(run(getattr(losses, name)))(*arrays)
+        results.append((value, np.stack(gradients)))
+    for by_examples, by_features in zip(*results, strict=True):
+        scale = np.abs(by_features).max()
+        np.testing.assert_allclose(by_examples, by_features, atol=2e-6 * scale, rtol=0)
