@@ -374,8 +374,12 @@ def test_agrees_with_ott_at_convergence():
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import sinkhorn as ott_sinkhorn
 
-    # OTT itself promotes integers.
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    # OTT itself promotes integers, and ranks.
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         scores = jnp.asarray(_cosines((N, K)), jnp.float64)
         problem = linear_problem.LinearProblem(
             geometry.Geometry(cost_matrix=-scores, epsilon=0.1)
