@@ -112,8 +112,8 @@ def load_config(folder: Path) -> PretrainConfig:
 def _check_complete(config: PretrainConfig, path: Path) -> None:
     """Refuses a file of an earlier version, which lacks what a method now needs."""
     size, batch_size = config.image_size, config.batch_size
-    if not size or not batch_size:
-        raise UserError(f"{path}: lacks image_size or batch_size; is it a run's own?")
+    if not size or not batch_size:  # not written by a run, which resolves them
+        return
     resolved = config.method.resolve(size, batch_size, batch_size)
     for field in dataclasses.fields(resolved):
         if getattr(config.method, field.name) is None:
