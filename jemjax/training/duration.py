@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from jemjax.data import Source, batches
+from jemjax.data import Source
 from jemjax.errors import UserError
 from jemjax.training.config import PretrainConfig, default_output, resolve
 from jemjax.training.hosts import is_first, of_first
@@ -85,18 +85,7 @@ def with_steps_that_fit(
 
 def _seconds_of_a_step(run: Run, source: Source) -> float:
     """Of real batches, as the loop takes them, from a state that is then dropped."""
-    config = run.config
-    assert config.batch_size
-    stream = batches(
-        source,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        workers=config.workers,
-        crops=run.crops,
-        timeout=config.load_timeout,
-    )
+    stream = run.batches(source)
     try:
         state = run.init()
         images = run.images(next(stream))

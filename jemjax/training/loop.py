@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from jemjax.data import Source, batches
+from jemjax.data import Source
 from jemjax.errors import CheckpointError, UserError
 from jemjax.methods import Method
 from jemjax.runtime import make_deterministic
@@ -249,17 +249,7 @@ def _train(
         metrics_file = MetricsFile(
             folder / "metrics.jsonl" if is_first() else None, first + 1, display.say
         )
-    stream = batches(
-        source,
-        batch_size=batch_size,
-        seed=config.seed,
-        step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        workers=config.workers,
-        crops=run.crops,
-        timeout=config.load_timeout,
-    )
+    stream = run.batches(source, first)
     skipping = SkippedSteps(run.config, folder, state, display.say, checkpoints.wait)
     shown: dict[str, float] = {}
     explain_collapse = functools.cache(  # once

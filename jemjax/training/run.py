@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jemjax.augment import ViewRecipe
-from jemjax.data import Crop, Source
+from jemjax.data import Crop, Source, batches
+from jemjax.data.pipeline import Batches
 from jemjax.errors import UserError
 from jemjax.methods import Optimization
 from jemjax.runtime import quick_compilation
@@ -87,6 +88,21 @@ class Run(NamedTuple):
             view,
         )
         return self.config.method.collapsed_loss(batch_size, outputs.embedding.shape[1])
+
+    def batches(self, source: Source, step: int = 0) -> Batches:
+        """This host's part of the batches of the steps after `step`, without end."""
+        assert self.config.batch_size
+        return batches(
+            source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            step=step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self.config.workers,
+            crops=self.crops,
+            timeout=self.config.load_timeout,
+        )
 
     def images(self, batch: dict[str, Any]) -> Images:
         """What a step is given of a loader's batch, on the devices."""
