@@ -334,10 +334,12 @@ def train(spec, arrays, timed_steps=None):
     """Trains; with `timed_steps` only so many steps, to tell their speed."""
     torch.manual_seed(spec["seed"])
     np.random.seed(spec["seed"])
-    network = Network(spec)
+    network = Network(spec).to(memory_format=torch.channels_last)
     target = None
     if spec["momenta"]:
-        target = Network(spec) if spec["own_target_init"] else copy.deepcopy(network)
+        target = copy.deepcopy(network)
+        if spec["own_target_init"]:
+            target = Network(spec).to(memory_format=torch.channels_last)
         target.predictor = None
         for parameter in target.parameters():
             parameter.requires_grad = False
@@ -354,7 +356,7 @@ def train(spec, arrays, timed_steps=None):
         batch_size=spec["batch_size"],
         shuffle=True,
         drop_last=True,
-        num_workers=os.cpu_count() or 1,
+        num_workers=len(os.sched_getaffinity(0)),
         persistent_workers=True,
         worker_init_fn=functools.partial(seed_worker, spec["seed"]),
     )
@@ -363,7 +365,9 @@ def train(spec, arrays, timed_steps=None):
     began = None
     total = timed_steps or len(rates)
     for step in range(total):
-        views = next(batches)
+        views = [
+            view.contiguous(memory_format=torch.channels_last) for view in next(batches)
+        ]
         if step == min(5, total - 1):  # the workers run, and what is made once is
             began, begun_at = time.monotonic(), step
         seen, aimed_at = (
