@@ -287,7 +287,7 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
 
     columns = jnp.ones(kernel.shape[1], kernel.dtype)
     if num_iterations > 0:
-        rows = jnp.ones_like(kernel[:, 0])
+        rows = jnp.ones_like(jnp.sum(kernel, axis=1))  # placed as a sum's result is
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         columns = prototypes(rows)
     plan = kernel[skip:]
@@ -319,7 +319,7 @@ def _by_logarithms(scores, shift, epsilon, *, skip, num_iterations, axis_name):
 
     plan = scores[skip:]
     if num_iterations > 0:
-        rows = jnp.zeros_like(scores[:, 0])
+        rows = jnp.zeros_like(jnp.sum(scores, axis=1))
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         plan = plan + prototypes(rows)[None]
     largest = lax.stop_gradient(jnp.max(plan, axis=1, keepdims=True))

@@ -203,8 +203,8 @@ def _rows_together(shape):
 def _sum_over_views(logits, targets, temperature, shards, together):
     """This shard's part of the mean cross-entropy of all pairs of views and rows."""
     del together
-    total, _ = _sum_and_gradient(logits, targets, temperature)
-    return _weight(logits, targets, shards) * total
+    values = _of_parts(_entropy, logits, targets, temperature)
+    return _weight(logits, targets, shards) * sum(map(jnp.sum, values))
 
 
 @functools.partial(_sum_over_views.defjvp, symbolic_zeros=True)
@@ -214,20 +214,12 @@ def _sum_over_views_jvp(shards, together, primals, tangents):
     A block stays in a CPU's cache, and no softmax of all the views is kept.
     """
     logits, targets, temperature = primals
-    varied = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+    varied = _varied(tangents)
     if varied != [0] or together == logits.shape[1]:
-
-        def plain(*changed):
-            arrays = list(primals)
-            for index, array in zip(varied, changed, strict=True):
-                arrays[index] = array
-            return _sum_over_views.fun(*arrays, shards, together)
-
-        # Of those that vary alone: zeros made here as tangents of the others would not
-        # be known to vary over a mesh's axes, as the others do.
-        return jax.jvp(
-            plain, [primals[i] for i in varied], [tangents[i] for i in varied]
+        plain = functools.partial(
+            _sum_over_views.fun, shards=shards, together=together
         )
+        return _jvp_of(plain, varied, primals, tangents)
 
     gradient, total = _in_blocks(logits, targets, temperature, shards, together)
     change = gradient.astype(targets.dtype) * tangents[0].astype(targets.dtype)
@@ -257,14 +249,19 @@ def _in_blocks(logits, targets, temperature, shards, together):
 
 def _sum_and_gradient(logits, targets, temperature):
     """The cross-entropies of all pairs, and their gradient in parts to concatenate."""
+    parts = _of_parts(_entropy_and_gradient, logits, targets, temperature)
+    values, gradients = zip(*parts, strict=True)
+    return sum(map(jnp.sum, values)), gradients
+
+
+def _of_parts(function, logits, targets, temperature):
+    """What a function has of the A views with targets, and of the views without."""
     logits, assigned = logits.astype(targets.dtype), targets.shape[0]
     others, every = _targets_of_others(targets)
-    value, gradient = _entropy_and_gradient(logits[:assigned], others, temperature)
-    total, gradients = jnp.sum(value), [gradient]
+    parts = [function(logits[:assigned], others, temperature)]
     if logits.shape[0] > assigned:
-        local = _entropy_and_gradient(logits[assigned:], every[None], temperature)
-        total, gradients = total + jnp.sum(local[0]), [gradient, local[1]]
-    return total, gradients
+        parts.append(function(logits[assigned:], every[None], temperature))
+    return parts
 
 
 def _targets_of_others(targets):
@@ -328,10 +325,45 @@ def _softmax(logits, temperature):
     return exponentials / jnp.sum(exponentials, axis=-1, keepdims=True)
 
 
+@jax.custom_jvp
 def _entropy(logits, targets, temperature):
     """-<targets, log softmax(logits / temperature)>: (..., N, K) -> (..., N)."""
     value, _ = _entropy_and_gradient(logits, targets, temperature)
     return value
+
+
+@functools.partial(_entropy.defjvp, symbolic_zeros=True)
+def _entropy_jvp(primals, tangents):
+    """The logits' gradient is written out: exactly 0 where a softmax is its target."""
+    value, gradient = _entropy_and_gradient(*primals)
+    varied, changes = _varied(tangents), []
+    if 0 in varied:
+        changes.append(jnp.sum(gradient * tangents[0], axis=-1))
+        varied.remove(0)
+    if varied:
+        changes.append(_jvp_of(_entropy.fun, varied, primals, tangents)[1])
+    return value, sum(changes[1:], changes[0])
+
+
+def _varied(tangents):
+    """The numbers of the arguments that have a derivative."""
+    return [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+
+def _jvp_of(function, varied, primals, tangents):
+    """`jax.jvp` of a function for some of its arguments.
+
+    Zeros made here as tangents of the others would not be known to vary over a mesh's
+    axes, as the others do.
+    """
+
+    def of_varied(*changed):
+        arrays = list(primals)
+        for index, array in zip(varied, changed, strict=True):
+            arrays[index] = array
+        return function(*arrays)
+
+    return jax.jvp(of_varied, *[[of[i] for i in varied] for of in (primals, tangents)])
 
 
 def _entropy_and_gradient(logits, targets, temperature):
