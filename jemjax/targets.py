@@ -10,13 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jemjax.losses.checks import check_number
 
 Schedule = Callable[[ArrayLike], jax.Array]
-Scalar = float | jax.Array
+Number = float | np.floating | np.integer  # Python's or NumPy's
+Scalar = Number | np.ndarray | jax.Array  # a number, or a traced scalar
+Whole = int | np.integer
 
 
 def moving_average(target: Any, online: Any, momentum: Scalar) -> Any:
@@ -76,7 +79,7 @@ def moving_average(target: Any, online: Any, momentum: Scalar) -> Any:
     return jax.tree_util.tree_map_with_path(average, target, online)
 
 
-def linear(start: Scalar, end: Scalar, total_steps: int) -> Schedule:
+def linear(start: Scalar, end: Scalar, total_steps: Scalar) -> Schedule:
     """A straight line from `start`, then constant.
 
     start + (end - start) min(step / T, 1)
@@ -111,7 +114,7 @@ def linear(start: Scalar, end: Scalar, total_steps: int) -> Schedule:
     return schedule
 
 
-def cosine(start: Scalar, end: Scalar, total_steps: float) -> Schedule:
+def cosine(start: Scalar, end: Scalar, total_steps: Scalar) -> Schedule:
     """Half a cosine from `start`, then constant.
 
     end + (start - end) (1 + cos(pi min(step / T, 1))) / 2
@@ -139,7 +142,8 @@ def cosine(start: Scalar, end: Scalar, total_steps: float) -> Schedule:
         with _steps_become_floats():
             left = jnp.clip((total_steps - step) / total_steps, 0, 1)
         # (1 + cos(pi (1 - left))) / 2, in the form that keeps its digits near the end.
-        return end + (start - end) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
+        share = jnp.square(jnp.sin(0.5 * jnp.pi * left))
+        return jnp.asarray(end + (start - end) * share)
 
     return schedule
 
@@ -147,8 +151,8 @@ def cosine(start: Scalar, end: Scalar, total_steps: float) -> Schedule:
 def warmup_cosine(
     *,
     peak: Scalar,
-    warmup_steps: int,
-    total_steps: int,
+    warmup_steps: Whole,
+    total_steps: Whole,
     final: Scalar,
     start: Scalar = 0.0,
     inclusive: bool = False,
@@ -193,7 +197,7 @@ def warmup_cosine(
     return schedule
 
 
-def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
+def per_epoch(schedule: Schedule, steps_per_epoch: Whole) -> Schedule:
     """A schedule of the epoch as one of the step: it changes once an epoch.
 
     schedule(floor(step / steps_per_epoch))

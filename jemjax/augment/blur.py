@@ -10,6 +10,10 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jemjax.augment.inputs import (
+    Array,
+    Range,
+    Scalar,
+    Whole,
     check_number,
     check_range,
     example_keys,
@@ -28,10 +32,10 @@ NUMBERS_BLURRED_AT_ONCE = 320_000
 
 
 def gaussian_blur(
-    images: jax.Array,
-    sigma: jax.Array | float,
+    images: Array,
+    sigma: Scalar,
     *,
-    kernel_size: int | None = None,
+    kernel_size: Whole | None = None,
     padding: Padding = "reflect",
 ) -> jax.Array:
     """Blurs each image: weights exp(-d^2 / (2 sigma^2)), normalized, in each direction.
@@ -60,12 +64,12 @@ def gaussian_blur(
 
 
 def random_gaussian_blur(
-    key: jax.Array,
-    images: jax.Array,
+    key: Array,
+    images: Array,
     *,
-    sigma: tuple[float, float] = (0.1, 2.0),
-    probability: float,
-    kernel_size: int | None = None,
+    sigma: Range = (0.1, 2.0),
+    probability: Scalar,
+    kernel_size: Whole | None = None,
     padding: Padding = "reflect",
 ) -> jax.Array:
     """Blurs each image with the given probability, by a sigma drawn uniformly.
@@ -102,9 +106,9 @@ def blur_by_draws(
     draws: jax.Array,
     images: jax.Array,
     *,
-    sigma: tuple[float, float],
-    probability: float,
-    kernel_size: int | None,
+    sigma: Range,
+    probability: Scalar,
+    kernel_size: Whole | None,
     padding: Padding,
 ) -> jax.Array:
     """`random_gaussian_blur` of (N, H, W, C) float32 by (BLUR_DRAWS, N) numbers."""
@@ -128,7 +132,7 @@ def blur_by_draws(
     )
 
 
-def kernel_radius(name: str, kernel_size: int | None, smaller_side: int) -> int:
+def kernel_radius(name: str, kernel_size: Whole | None, smaller_side: int) -> int:
     """How far a kernel reaches to either side, of images of this size; None: a tenth.
 
     Raises:
@@ -143,7 +147,7 @@ def kernel_radius(name: str, kernel_size: int | None, smaller_side: int) -> int:
             f"{name}: got {kernel_size}, expected at most {2 * smaller_side - 1} for a"
             f" side of {smaller_side} pixels"
         )
-    return kernel_size // 2
+    return int(kernel_size) // 2
 
 
 def _images_at_once(shape: tuple[int, ...]) -> int:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jemjax.augment.inputs import (
+    Array,
+    Scalar,
     at_least_float32,
     check_number,
     example_keys,
@@ -36,8 +38,8 @@ LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, in ITU-R BT.601
 
 
 def adjust_brightness(
-    images: jax.Array,
-    factor: jax.Array | float,
+    images: Array,
+    factor: Scalar,
     *,
     arithmetic: Arithmetic = "torchvision",
 ) -> jax.Array:
@@ -59,8 +61,8 @@ def adjust_brightness(
 
 
 def adjust_contrast(
-    images: jax.Array,
-    factor: jax.Array | float,
+    images: Array,
+    factor: Scalar,
     *,
     arithmetic: Arithmetic = "torchvision",
 ) -> jax.Array:
@@ -83,8 +85,8 @@ def adjust_contrast(
 
 
 def adjust_saturation(
-    images: jax.Array,
-    factor: jax.Array | float,
+    images: Array,
+    factor: Scalar,
     *,
     arithmetic: Arithmetic = "torchvision",
 ) -> jax.Array:
@@ -107,7 +109,7 @@ def adjust_saturation(
     return _adjust("saturation", images, factor, arithmetic)
 
 
-def adjust_hue(images: jax.Array, factor: jax.Array | float) -> jax.Array:
+def adjust_hue(images: Array, factor: Scalar) -> jax.Array:
     """Turns the hue of each pixel in HSV: h -> (h + factor) mod 1.
 
     Args:
@@ -127,7 +129,7 @@ def adjust_hue(images: jax.Array, factor: jax.Array | float) -> jax.Array:
     return _turn_hue(images, factor)
 
 
-def to_grayscale(images: jax.Array) -> jax.Array:
+def to_grayscale(images: Array) -> jax.Array:
     """Gives every channel the gray 0.2989 R + 0.587 G + 0.114 B.
 
     Args:
@@ -142,7 +144,7 @@ def to_grayscale(images: jax.Array) -> jax.Array:
     return _remove_color(to_floats(images))
 
 
-def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array:
+def solarize(images: Array, threshold: Scalar = 0.5) -> jax.Array:
     """Inverts bright values: 1 - x where x >= threshold.
 
     Args:
@@ -158,7 +160,7 @@ def solarize(images: jax.Array, threshold: jax.Array | float = 0.5) -> jax.Array
     return _solarize(to_floats(images), threshold)
 
 
-def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
+def normalize(images: Array, mean: Any, std: Any) -> jax.Array:
     """Centers and scales each channel: (x - mean) / std.
 
     Args:
@@ -176,7 +178,7 @@ def normalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     return normalize_floats(to_floats(images), mean, std)
 
 
-def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
+def denormalize(images: Array, mean: Any, std: Any) -> jax.Array:
     """The inverse of `normalize`: x std + mean.
 
     Args:
@@ -190,6 +192,7 @@ def denormalize(images: jax.Array, mean: Any, std: Any) -> jax.Array:
     Raises:
         ValueError: for another number of channels.
     """
+    images = jnp.asarray(images)
     images = images.astype(at_least_float32(images.dtype))
     mean = _of_channels("mean", mean, images)
     return images * _of_channels("std", std, images) + mean
@@ -204,14 +207,14 @@ def normalize_floats(images: jax.Array, mean: Any, std: Any) -> jax.Array:
 
 
 def color_jitter(
-    key: jax.Array,
-    images: jax.Array,
+    key: Array,
+    images: Array,
     *,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    probability: float,
+    brightness: Scalar,
+    contrast: Scalar,
+    saturation: Scalar,
+    hue: Scalar,
+    probability: Scalar,
     arithmetic: Arithmetic = "torchvision",
 ) -> jax.Array:
     """Changes brightness, contrast, saturation and hue by random amounts and order.
@@ -271,11 +274,11 @@ class Jitter(NamedTuple):
 def random_jitter(
     draws: jax.Array,
     *,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    probability: float,
+    brightness: Scalar,
+    contrast: Scalar,
+    saturation: Scalar,
+    hue: Scalar,
+    probability: Scalar,
     arithmetic: Arithmetic = "torchvision",
 ) -> Jitter:
     """What (JITTER_DRAWS, N) uniform numbers are; arguments as of `color_jitter`.
@@ -454,9 +457,7 @@ def _rotation(turns: jax.Array) -> jax.Array:
     return jnp.cos(angle) * rest + mean + jnp.sin(angle) * across.astype(np.float32)
 
 
-def random_grayscale(
-    key: jax.Array, images: jax.Array, *, probability: float
-) -> jax.Array:
+def random_grayscale(key: Array, images: Array, *, probability: Scalar) -> jax.Array:
     """Removes the color of each image with the given probability.
 
     Args:
@@ -483,11 +484,11 @@ def gray_where(images: jax.Array, grayed: jax.Array) -> jax.Array:
 
 
 def random_solarize(
-    key: jax.Array,
-    images: jax.Array,
+    key: Array,
+    images: Array,
     *,
-    probability: float,
-    threshold: float = 0.5,
+    probability: Scalar,
+    threshold: Scalar = 0.5,
 ) -> jax.Array:
     """Inverts the bright values of each image with the given probability.
 
@@ -510,7 +511,7 @@ def random_solarize(
 
 
 def solarize_by_draws(
-    chance: jax.Array, images: jax.Array, probability: float, threshold: float
+    chance: jax.Array, images: jax.Array, probability: Scalar, threshold: Scalar
 ) -> jax.Array:
     """`random_solarize` of (N, H, W, C) float32 by (N,) uniform numbers."""
     probability = check_number("probability", probability, 0, 1)
@@ -519,7 +520,7 @@ def solarize_by_draws(
 
 
 def _adjust(
-    name: str, images: jax.Array, factor: jax.Array | float, arithmetic: Arithmetic
+    name: str, images: Array, factor: Scalar, arithmetic: Arithmetic
 ) -> jax.Array:
     check_arithmetic("arithmetic", arithmetic)
     images = to_floats(images)
@@ -622,7 +623,7 @@ def _remove_color(images: jax.Array) -> jax.Array:
     return jnp.broadcast_to(_gray(images), images.shape)
 
 
-def _solarize(images: jax.Array, threshold: jax.Array | float) -> jax.Array:
+def _solarize(images: jax.Array, threshold: Scalar) -> jax.Array:
     threshold = per_example("threshold", threshold, len(images), 0, 1)
     return jnp.where(images >= threshold, 1 - images, images)
 

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jemjax.augment.inputs import (
+    Array,
+    Range,
+    Scalar,
+    Size,
+    Whole,
     check_number,
     check_range,
     check_size,
@@ -30,12 +35,12 @@ LARGEST_PRODUCT = 64
 
 
 def random_resized_crop(
-    key: jax.Array,
-    images: jax.Array,
-    size: int | tuple[int, int],
+    key: Array,
+    images: Array,
+    size: Size,
     *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: Range,
+    ratio: Range = (3 / 4, 4 / 3),
     method: Method = "bicubic",
 ) -> jax.Array:
     """A random part of each image, resized with antialiasing.
@@ -70,12 +75,12 @@ def random_resized_crop(
 
 
 def random_boxes(
-    key: jax.Array,
-    count: int,
-    image_size: tuple[int, int],
+    key: Array,
+    count: Whole,
+    image_size: tuple[Whole, Whole],
     *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: Range,
+    ratio: Range = (3 / 4, 4 / 3),
 ) -> jax.Array:
     """The boxes of random resized crops, distributed as torchvision's.
 
@@ -107,8 +112,8 @@ def boxes_of(
     draws: jax.Array,
     image_size: tuple[int, int],
     *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: Range,
+    ratio: Range,
 ) -> jax.Array:
     """`random_boxes` of (BOX_DRAWS, N) uniform numbers."""
     height, width = image_size
@@ -142,9 +147,9 @@ def boxes_of(
 
 
 def crop_and_resize(
-    images: jax.Array,
-    boxes: jax.Array,
-    size: int | tuple[int, int],
+    images: Array,
+    boxes: Array,
+    size: Size,
     *,
     method: Method = "bicubic",
     antialias: bool = True,
@@ -252,9 +257,7 @@ def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
     return crop_boxes(images, rows_as(images, boxes), (size, size), method)
 
 
-def random_flip(
-    key: jax.Array, images: jax.Array, *, probability: float = 0.5
-) -> jax.Array:
+def random_flip(key: Array, images: Array, *, probability: Scalar = 0.5) -> jax.Array:
     """Mirrors each image left to right with the given probability.
 
     Args:
@@ -389,7 +392,7 @@ def _interpolating(
     return Taps(sources.astype(jnp.int32), weights)
 
 
-def _numbers(count: int, axis: int) -> jax.Array:
+def _numbers(count: Whole, axis: int) -> jax.Array:
     """0, 1, ... along an axis of (N, out, T): the others have one entry."""
     shape = [count if number == axis else 1 for number in range(3)]
     return jnp.arange(count, dtype=jnp.float32).reshape(shape)

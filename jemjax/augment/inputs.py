@@ -15,6 +15,12 @@ CHANNELS = (1, 3)
 # Above what bicubic weights overshoot to, and far below 255.
 LARGEST_PIXEL = 1.5
 
+Number = float | np.floating | np.integer  # Python's or NumPy's
+Whole = int | np.integer
+Array = jax.Array | np.ndarray
+Scalar = Number | Array  # a number, or a traced scalar
+Range = tuple[Number, Number]
+Size = Whole | tuple[Whole, Whole]
 Arrays = TypeVar("Arrays")  # an array, or a tuple of them
 
 
@@ -158,7 +164,7 @@ def check_range(
 def per_example(
     name: str,
     value: Any,
-    count: int,
+    count: Whole,
     low: float,
     high: float = math.inf,
     *,
@@ -201,7 +207,7 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def example_keys(key: Any, count: int, images: jax.Array | None = None) -> jax.Array:
+def example_keys(key: Any, count: Whole, images: jax.Array | None = None) -> jax.Array:
     """One key for each example, so that no draw depends on the rest of the batch.
 
     Args:

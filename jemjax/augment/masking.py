@@ -14,6 +14,11 @@ from jax import lax
 from jax.core import Tracer
 
 from jemjax.augment.inputs import (
+    Array,
+    Range,
+    Scalar,
+    Size,
+    Whole,
     check_number,
     check_range,
     check_size,
@@ -73,7 +78,7 @@ class MaskRecipe:
 
 
 def make_masks(
-    key: jax.Array, batch_size: int, grid: int | tuple[int, int], recipe: MaskRecipe
+    key: Array, batch_size: Whole, grid: Size, recipe: MaskRecipe
 ) -> jax.Array:
     """The masks of a batch.
 
@@ -110,7 +115,7 @@ def make_masks(
 
 
 def random_patch_mask(
-    key: jax.Array, batch_size: int, num_patches: int, *, ratio: float
+    key: Array, batch_size: Whole, num_patches: Whole, *, ratio: Scalar
 ) -> jax.Array:
     """Masks patches at random, the same number in every example.
 
@@ -132,11 +137,13 @@ def random_patch_mask(
     """
     _check_count("batch_size", batch_size, 1)
     _check_count("num_patches", num_patches, 1)
-    draw = jax.vmap(lambda key: jax.random.uniform(key, (num_patches,), jnp.float32))
+    draw = jax.vmap(
+        lambda key: jax.random.uniform(key, (int(num_patches),), jnp.float32)
+    )
     return mask_of_noise(draw(example_keys(key, batch_size)), ratio)
 
 
-def mask_of_noise(noise: jax.Array, ratio: float) -> jax.Array:
+def mask_of_noise(noise: Array, ratio: Scalar) -> jax.Array:
     """Keeps the patches of least noise: (N, T) numbers -> (N, T) bool, True = masked.
 
     Args:
@@ -155,7 +162,7 @@ def mask_of_noise(noise: jax.Array, ratio: float) -> jax.Array:
     return ranks >= num_kept_patches(noise.shape[1], ratio)
 
 
-def num_kept_patches(num_patches: int, ratio: float) -> int:
+def num_kept_patches(num_patches: Whole, ratio: Scalar) -> int:
     """How many patches a random mask leaves: floor(num_patches (1 - ratio)).
 
     Args:
@@ -179,14 +186,14 @@ def num_kept_patches(num_patches: int, ratio: float) -> int:
 
 
 def block_mask(
-    key: jax.Array,
-    batch_size: int,
-    grid: int | tuple[int, int],
+    key: Array,
+    batch_size: Whole,
+    grid: Size,
     *,
-    num_masked: int | jax.Array,
-    min_block: int = 16,
-    max_block: int | None = None,
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    num_masked: Scalar,
+    min_block: Whole = 16,
+    max_block: Whole | None = None,
+    aspect: Range = (0.3, 1 / 0.3),
 ) -> jax.Array:
     """Masks rectangles, which may overlap, up to a number of patches.
 
@@ -271,14 +278,14 @@ class MultiBlockMasks(NamedTuple):
 
 
 def multi_block_masks(
-    key: jax.Array,
-    batch_size: int,
-    grid: int | tuple[int, int],
+    key: Array,
+    batch_size: Whole,
+    grid: Size,
     *,
-    num_targets: int = 4,
-    target_scale: tuple[float, float] = (0.15, 0.2),
-    target_aspect: tuple[float, float] = (0.75, 1.5),
-    context_scale: tuple[float, float] = (0.85, 1.0),
+    num_targets: Whole = 4,
+    target_scale: Range = (0.15, 0.2),
+    target_aspect: Range = (0.75, 1.5),
+    context_scale: Range = (0.85, 1.0),
 ) -> MultiBlockMasks:
     """I-JEPA's masks: from a large block without some smaller ones, predict those.
 
@@ -372,9 +379,7 @@ def block_size(
     return jnp.clip(height, 1, rows - 1), jnp.clip(width, 1, columns - 1)
 
 
-def fill_masked(
-    images: jax.Array, mask: jax.Array, grid: int | tuple[int, int]
-) -> jax.Array:
+def fill_masked(images: Array, mask: Array, grid: Size) -> jax.Array:
     """Hides masked patches behind the mean color of what is left of each image.
 
     For networks that see pixels, not patches.
@@ -431,7 +436,7 @@ def _span(start: jax.Array, extent: jax.Array, size: int) -> jax.Array:
     return (start <= numbers) & (numbers < start + extent)
 
 
-def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
+def _check_count(name: str, value: Any, low: Whole, high: Whole | None = None) -> None:
     if not is_whole(value) or value < low or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {value!r}, expected an integer, {limit}")

@@ -36,6 +36,7 @@ from jemjax.augment.geometry import (
     resize,
 )
 from jemjax.augment.inputs import (
+    Array,
     check_number,
     check_pixels,
     check_range,
@@ -200,9 +201,7 @@ class ViewRecipe:
         return "\n".join(lines)
 
 
-def make_views(
-    key: jax.Array, images: jax.Array, recipe: ViewRecipe
-) -> tuple[jax.Array, ...]:
+def make_views(key: Array, images: Array, recipe: ViewRecipe) -> tuple[jax.Array, ...]:
     """The random views of each image.
 
     An example's views depend on its own key and pixels only, not on the batch or on
@@ -237,7 +236,7 @@ def make_views(
 
 
 def finish_views(
-    key: jax.Array, crops: Sequence[jax.Array], recipe: ViewRecipe
+    key: Array, crops: Sequence[Array], recipe: ViewRecipe
 ) -> tuple[jax.Array, ...]:
     """What `make_views` does after the crop, to crops that were made elsewhere.
 
@@ -273,7 +272,7 @@ def finish_views(
     )
 
 
-def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
+def evaluation_view(images: Array, recipe: ViewRecipe) -> jax.Array:
     """The whole images as the recipe's first view has them, with nothing random.
 
     Args:
@@ -295,7 +294,7 @@ def evaluation_view(images: jax.Array, recipe: ViewRecipe) -> jax.Array:
 
 
 def _draws_of_views(
-    key: jax.Array, images: jax.Array, recipe: ViewRecipe
+    key: Array, images: jax.Array, recipe: ViewRecipe
 ) -> list[dict[str, jax.Array]]:
     """For each view the uniform numbers (n, N) of each operation, drawn all at once.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jemjax.evaluation.inputs import check_count, on_host
+from jemjax.evaluation.inputs import Scalar, Whole, check_count, on_host
 
 
 class PrototypeUsage(NamedTuple):
@@ -75,7 +75,7 @@ def normalized_mutual_information(assignments: ArrayLike, labels: ArrayLike) -> 
     return float(np.clip(2 * information / (cluster + label), 0, 1))
 
 
-def prototype_usage(assignments: ArrayLike, num_prototypes: int) -> PrototypeUsage:
+def prototype_usage(assignments: ArrayLike, num_prototypes: Whole) -> PrototypeUsage:
     """How many of the prototypes are in use, and how evenly.
 
     perplexity = exp(-sum_k p_k log p_k),  p_k the share of examples in cluster k
@@ -103,7 +103,7 @@ def prototype_usage(assignments: ArrayLike, num_prototypes: int) -> PrototypeUsa
 
 
 def label_clusters(
-    scores: ArrayLike, labels: ArrayLike, *, temperature: float = 0.1
+    scores: ArrayLike, labels: ArrayLike, *, temperature: Scalar = 0.1
 ) -> np.ndarray:
     """Names each cluster by a few labelled examples.
 
@@ -148,7 +148,7 @@ def few_label_cluster_accuracy(
     test_assignments: ArrayLike,
     test_labels: ArrayLike,
     *,
-    temperature: float = 0.1,
+    temperature: Scalar = 0.1,
 ) -> float:
     """Accuracy of clusters as a classifier that has seen a few labels.
 

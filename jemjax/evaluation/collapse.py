@@ -13,6 +13,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jemjax.evaluation.inputs import (
+    Scalar,
+    Whole,
     check_count,
     check_embeddings,
     check_number,
@@ -130,7 +132,7 @@ def effective_rank(embeddings: ArrayLike) -> jax.Array:
     return jnp.exp(-jnp.sum(q * log_q))
 
 
-def rankme(embeddings: ArrayLike, *, eps: float = 1e-7) -> jax.Array:
+def rankme(embeddings: ArrayLike, *, eps: Scalar = 1e-7) -> jax.Array:
     """RankMe: exponential of the entropy of the normalized singular values.
 
     exp(-sum_i p_i log p_i),  p = s / sum(s) + eps,  s the singular values
@@ -209,7 +211,7 @@ def alpha_req(embeddings: ArrayLike) -> jax.Array:
 
 
 def name_collapse(
-    *, normalized_std: float, effective_rank: float, dimension: int
+    *, normalized_std: Scalar, effective_rank: Scalar, dimension: Whole
 ) -> list[str]:
     """Says in words which collapse the figures of embeddings show.
 

@@ -12,6 +12,9 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jax.typing import ArrayLike
 
+Whole = int | np.integer  # Python's or NumPy's
+Scalar = float | np.floating | np.integer | np.ndarray | jax.Array
+
 
 def check_embeddings(name: str, embeddings: ArrayLike) -> jax.Array:
     """Checks that embeddings are real and (N, D), and brings them to float32.
@@ -39,7 +42,7 @@ def check_embeddings(name: str, embeddings: ArrayLike) -> jax.Array:
 
 
 def check_labelled(
-    name: str, embeddings: ArrayLike, labels: ArrayLike, num_classes: int
+    name: str, embeddings: ArrayLike, labels: ArrayLike, num_classes: Whole
 ) -> tuple[jax.Array, jax.Array]:
     """Checks embeddings and their labels against each other.
 

@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 
 from jemjax.evaluation.collapse import normalize_rows
 from jemjax.evaluation.inputs import (
+    Scalar,
+    Whole,
     check_count,
     check_embeddings,
     check_labelled,
@@ -46,9 +48,9 @@ def knn_predict(
     train_labels: ArrayLike,
     embeddings: ArrayLike,
     *,
-    k: int = 20,
-    temperature: float = 0.07,
-    num_classes: int,
+    k: Whole = 20,
+    temperature: Scalar = 0.07,
+    num_classes: Whole,
 ) -> jax.Array:
     """Votes of the k nearest neighbors by cosine, for each class.
 
@@ -126,9 +128,9 @@ def knn_accuracy(
     test_embeddings: ArrayLike,
     test_labels: ArrayLike,
     *,
-    k: int = 20,
-    temperature: float = 0.07,
-    num_classes: int,
+    k: Whole = 20,
+    temperature: Scalar = 0.07,
+    num_classes: Whole,
 ) -> Any:
     """Accuracy of `knn_predict`.
 
@@ -159,7 +161,7 @@ def knn_accuracy(
     return accuracy(votes, labels)
 
 
-def few_labels(labels: ArrayLike, per_class: int, seed: int) -> np.ndarray:
+def few_labels(labels: ArrayLike, per_class: Whole, seed: Whole) -> np.ndarray:
     """Draws examples of each class: what few labels would be.
 
     Args:

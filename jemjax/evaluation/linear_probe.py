@@ -11,6 +11,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jemjax.evaluation.inputs import (
+    Scalar,
+    Whole,
     check_count,
     check_labelled,
     check_number,
@@ -34,9 +36,9 @@ def linear_probe(
     test_embeddings: ArrayLike,
     test_labels: ArrayLike,
     *,
-    num_classes: int | None = None,
-    l2: float = 1e-3,
-    max_iterations: int = 500,
+    num_classes: Whole | None = None,
+    l2: Scalar = 1e-3,
+    max_iterations: Whole = 500,
 ) -> LinearProbe:
     """Multinomial logistic regression on standardized embeddings.
 

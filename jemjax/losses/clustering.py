@@ -11,6 +11,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -26,13 +27,14 @@ from jemjax.losses.collectives import (
 from jemjax.losses.distillation import cross_entropy_of_views
 
 Scalar = ArrayLike  # a number, or a traced scalar
+Whole = int | np.integer  # Python's or NumPy's
 
 
 def sinkhorn(
     scores: ArrayLike,
     *,
     epsilon: Scalar = 0.05,
-    num_iterations: int = 3,
+    num_iterations: Whole = 3,
     axis_name: AxisName = None,
 ) -> jax.Array:
     """Soft assignments of a batch to prototypes that all get an equal share of it.
@@ -80,7 +82,7 @@ def assign(
     queue_scores: ArrayLike | None = None,
     *,
     epsilon: Scalar = 0.05,
-    num_iterations: int = 3,
+    num_iterations: Whole = 3,
     axis_name: AxisName = None,
 ) -> jax.Array:
     """The `sinkhorn` assignments of several views, each balanced together with a queue.
@@ -170,10 +172,10 @@ def swav(
     scores: ArrayLike,
     *,
     queue_scores: ArrayLike | None = None,
-    num_assigned: int = 2,
+    num_assigned: Whole = 2,
     temperature: Scalar = 0.1,
     epsilon: Scalar = 0.05,
-    num_iterations: int = 3,
+    num_iterations: Whole = 3,
     axis_name: AxisName = None,
 ) -> jax.Array:
     """SwAV: from each view of an image, predict the clusters of its other views.
