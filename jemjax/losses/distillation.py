@@ -216,9 +216,7 @@ def _sum_over_views_jvp(shards, together, primals, tangents):
     logits, targets, temperature = primals
     varied = _varied(tangents)
     if varied != [0] or together == logits.shape[1]:
-        plain = functools.partial(
-            _sum_over_views.fun, shards=shards, together=together
-        )
+        plain = functools.partial(_sum_over_views.fun, shards=shards, together=together)
         return _jvp_of(plain, varied, primals, tangents)
 
     gradient, total = _in_blocks(logits, targets, temperature, shards, together)

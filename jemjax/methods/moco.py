@@ -17,7 +17,7 @@ Chen, Fan, Girshick, He, 2020, MoCo v2 (arXiv:2003.04297); He et al., 2020
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,9 @@ class MoCo(Method):
 
     name: ClassVar[str] = "moco"
     collapse_hint: ClassVar[str] = (
-        "lower --temperature or --optimizer.learning-rate, or raise --target-"
-        "momentum, so that the keys of the queue stay consistent"
+        "lower --temperature or --optimizer.learning-rate, raise --target-momentum, so"
+        " that the keys of the queue stay consistent, or normalize the projector with"
+        " --head-norm batch"
     )
     # The first view is the query, the second the key.
     online_views: ClassVar[tuple[int, ...]] = (0,)
@@ -56,6 +57,8 @@ class MoCo(Method):
     """of the softmax over the queue"""
     queue_length: int | None = None
     """keys that are remembered, a multiple of the batch"""
+    head_norm: Literal["batch", "none"] | None = None
+    """normalization behind the projector's hidden layer"""
 
     # What are the views of an image? Two, drawn alike.
     def views(self, image_size: int) -> ViewRecipe:
@@ -64,10 +67,12 @@ class MoCo(Method):
             return moco_small(image_size)
         return moco_imagenet(image_size)
 
-    # What embeds a view? A projector of two layers without normalization.
+    # What embeds a view? A projector of two layers, as published without normalization.
+    # Features that have much in common, as a transformer's at first, would without it
+    # all leave the queue's keys in one direction.
     def make_projector(self, widths: tuple[int, ...]) -> nn.Module:
         """Linear, ReLU, Linear."""
-        return MLPHead(widths, hidden_norm=False)
+        return MLPHead(widths, hidden_norm=self.head_norm == "batch")
 
     # What is the other branch? A moving average, of constant momentum.
 
@@ -128,6 +133,7 @@ class MoCo(Method):
                 {
                     "projector": (512, 128),
                     "queue_length": 4096,
+                    "head_norm": "batch",
                     "target_momentum": 0.99,
                     "final_target_momentum": 0.99,
                 }
@@ -142,6 +148,7 @@ class MoCo(Method):
             hyper={
                 "projector": (2048, 128),
                 "queue_length": 65536,
+                "head_norm": "none",
                 "target_momentum": 0.999,
                 "final_target_momentum": 0.999,
             },
