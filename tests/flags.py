@@ -18,7 +18,7 @@ BARE = {
     "disable_jit": jax.disable_jit,
 }
 PRECISIONS = (
-    *("default", "high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32"),
+    *("default", "high", "highest", "bfloat16", "tensorfloat32"),
     *("float32", "BF16_BF16_F32", "BF16_BF16_F32_X3", "TF32_TF32_F32", "F32_F32_F32"),
 )
 # What changes the compiled program.

@@ -43,7 +43,6 @@ class Case:
         batch_axes: of the arrays; None for one that every shard has whole.
         shards: whether it takes `axis_name`, and gives the same on each shard.
         host: whether it computes with NumPy, and so is not traced.
-        fixed: whether the number of rows is part of the call.
     """
 
     call: Callable[..., Any]
@@ -52,7 +51,6 @@ class Case:
     batch_axes: tuple[int | None, ...]
     shards: bool = False
     host: bool = False
-    fixed: bool = False
 
 
 def _random(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -69,18 +67,14 @@ def _same_everywhere(function):
     return call
 
 
-def _schedules(step):
-    first, second = (
-        (lambda make, x: make(x.astype(jnp.int32)[0, 0] + x[0, 0] * 0)),
-        step,
-    )
+def _schedules(steps):
     rates = (
         targets.linear(0.0, 1.0, 100),
         targets.cosine(1.0, 0.1, 100),
         targets.warmup_cosine(peak=1.0, warmup_steps=10, total_steps=100, final=0.1),
         targets.per_epoch(targets.cosine(1.0, 0.0, 10), 10),
     )
-    return jnp.stack([first(rate, second) for rate in rates])
+    return [jax.vmap(rate)(steps) for rate in rates]
 
 
 def cases() -> dict[str, Case]:
@@ -118,43 +112,32 @@ def cases() -> dict[str, Case]:
     }
     for name, figure in FIGURES.items():
         made[f"evaluation.{name}"] = Case(figure, (scores,), 1, (0,))
-    labels, assigned = np.arange(8) % 3, np.arange(8) % 2
+    labels, assigned = np.arange(8) % 3, (np.arange(8) % 2).astype(np.int32)
     of_host = {
-        "cluster_accuracy": lambda a: evaluation.cluster_accuracy(a, labels),
+        "cluster_accuracy": lambda s, a: evaluation.cluster_accuracy(a, labels),
         "normalized_mutual_information": (
-            lambda a: evaluation.normalized_mutual_information(a, labels)
+            lambda s, a: evaluation.normalized_mutual_information(a, labels)
         ),
-        "prototype_usage": lambda a: evaluation.prototype_usage(a, 2),
-        "few_labels": lambda a: evaluation.few_labels(a, 2, 0),
+        "prototype_usage": lambda s, a: evaluation.prototype_usage(a, 2),
+        "few_labels": lambda s, a: evaluation.few_labels(a, 2, 0),
+        "label_clusters": lambda s, a: evaluation.label_clusters(s, a),
+        "few_label_cluster_accuracy": (
+            lambda s, a: evaluation.few_label_cluster_accuracy(s, a, a, labels)
+        ),
+        "name_collapse": lambda s, a: len(
+            evaluation.name_collapse(
+                normalized_std=s[0, 0] ** 2, effective_rank=1.0, dimension=6
+            )
+        ),
     }
+    for name, call in of_host.items():
+        arrays = (scores, assigned)
+        made[f"evaluation.{name}"] = Case(call, arrays, 0, (0, 0), host=True)
     made |= {
         "evaluation.knn_predict": Case(votes, (scores,), 1, (0,)),
         "evaluation.knn_accuracy": Case(neighbors, (scores,), 0, (0,)),
         "evaluation.linear_probe": Case(probe, (scores,), 0, (0,)),
-        "evaluation.label_clusters": Case(
-            lambda s: evaluation.label_clusters(s, labels),
-            (scores,),
-            0,
-            (0,),
-            host=True,
-        ),
-        "evaluation.few_label_cluster_accuracy": Case(
-            lambda s: evaluation.few_label_cluster_accuracy(s, labels, s, labels),
-            (scores,),
-            0,
-            (0,),
-            host=True,
-        ),
-        "evaluation.name_collapse": Case(
-            lambda s: len(evaluation.name_collapse(0.01, 2.0, 6)),
-            (scores,),
-            0,
-            (0,),
-            host=True,
-        ),
     }
-    for name, call in of_host.items():
-        made[f"evaluation.{name}"] = Case(call, (assigned,), 0, (0,), host=True)
     made |= {
         "targets.moving_average": Case(
             lambda target, online: targets.moving_average(
@@ -164,12 +147,14 @@ def cases() -> dict[str, Case]:
             2,
             (0, 0),
         ),
-        "targets' schedules": Case(_schedules, (np.abs(scores),), 0, (0,)),
+        "targets' schedules": Case(
+            _schedules, (np.arange(0, 80, 10, dtype=np.int32),), 0, (0,)
+        ),
     }
     images = np.random.default_rng(6).random((COUNT, HEIGHT, WIDTH, 3), np.float32)
     for name, operation in OPERATIONS.items():
         call = functools.partial(operation, jax.random.key(0))
-        made[f"augment.{name}"] = Case(call, (images,), 1, (0,), fixed=True)
+        made[f"augment.{name}"] = Case(call, (images,), 1, (0,))
     return made
 
 
@@ -313,8 +298,6 @@ def _ahead_of_time(case: Case) -> Any:
 
 def _exported(case: Case) -> Any:
     (size,) = jax.export.symbolic_shape("b")
-    if case.fixed:
-        size = COUNT
     given = [
         jax.ShapeDtypeStruct(
             tuple(size if axis == i else n for i, n in enumerate(array.shape)),
@@ -408,7 +391,8 @@ SETTINGS = (*FLAGS, *ALIKE, *SLOPES, *SECOND, "while_loop", *IN_SHARDS)
 HOST = "It counts on the host, with NumPy, and refuses traced arrays in a sentence."
 NO_GRADIENT = "It has no gradient: a count, a fit or a constant."
 NO_AXIS = "It takes no axis name: each row by itself, or the whole batch."
-PER_KEY = "One key draws for a batch of known size."
+KNOWN = "All rows are decomposed or compared together, so their number has to be known."
+OF_KNOWN = ("rankme", "alpha_req", "knn_predict", "knn_accuracy", "linear_probe")
 
 
 def reason(name: str, case: Case, setting: str) -> str | None:
@@ -419,6 +403,8 @@ def reason(name: str, case: Case, setting: str) -> str | None:
         return NO_GRADIENT
     if not case.shards and setting in IN_SHARDS:
         return NO_AXIS
+    if setting == "export" and name.removeprefix("evaluation.") in OF_KNOWN:
+        return KNOWN
     return None
 
 

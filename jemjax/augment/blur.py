@@ -55,7 +55,7 @@ def gaussian_blur(
         ValueError: for wrong shapes, a sigma or kernel size out of range.
     """
     images = to_floats(images)
-    sigmas = per_example("sigma", sigma, len(images), 0, open_low=True)
+    sigmas = per_example("sigma", sigma, images.shape[0], 0, open_low=True)
     smaller_side = min(images.shape[1:3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
     if padding not in ("reflect", "zero"):
@@ -93,7 +93,7 @@ def random_gaussian_blur(
     """
     images = to_floats(images)
     return blur_by_draws(
-        uniforms(example_keys(key, len(images), images), BLUR_DRAWS),
+        uniforms(example_keys(key, images.shape[0], images), BLUR_DRAWS),
         images,
         sigma=sigma,
         probability=probability,
@@ -119,9 +119,11 @@ def blur_by_draws(
     smaller_side = min(images.shape[1:3])
     radius = kernel_radius("kernel_size", kernel_size, smaller_side)
     # A loop over images that lie on several devices would send them around, and is
-    # refused where a mesh is Explicit, even of one device.
+    # refused where a mesh is Explicit, even of one device. `jax.export` may leave open
+    # how many images there are.
     explicit = AxisType.Explicit in jax.typeof(images).sharding.mesh.axis_types
-    in_turns = jax.device_count() == 1 and not explicit
+    known = is_whole(images.shape[0])
+    in_turns = jax.device_count() == 1 and not explicit and known
     return _blur_where(
         materialize(images),
         sigmas,

@@ -123,7 +123,7 @@ def adjust_hue(images: Array, factor: Scalar) -> jax.Array:
         ValueError: for wrong shapes, or a factor out of range.
     """
     images = to_floats(images)
-    factor = per_example("factor", factor, len(images), -0.5, 0.5)
+    factor = per_example("factor", factor, images.shape[0], -0.5, 0.5)
     if images.shape[3] == 1:
         return images
     return _turn_hue(images, factor)
@@ -243,7 +243,7 @@ def color_jitter(
     """
     images = to_floats(images)
     jitter = random_jitter(
-        uniforms(example_keys(key, len(images), images), JITTER_DRAWS),
+        uniforms(example_keys(key, images.shape[0], images), JITTER_DRAWS),
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
@@ -392,7 +392,8 @@ def fused_color(
     to_gray = jnp.broadcast_to(luma, (1, channels, channels))
     # The last column is the offset: (N, C, C + 1).
     mixture = jnp.eye(channels, channels + 1, dtype=jnp.float32)
-    mixture = rows_as(images, jnp.tile(mixture, (len(mean), 1, 1)))
+    mixture = jnp.broadcast_to(mixture, (mean.shape[0], *mixture.shape))
+    mixture = rows_as(images, mixture)
     if jitter is not None:
         mixture = _jitter_mixture(mixture, jitter, mean, to_gray)
     if grayed is not None:
@@ -474,7 +475,7 @@ def random_grayscale(key: Array, images: Array, *, probability: Scalar) -> jax.A
     """
     images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images), images), 1)
+    (chance,) = uniforms(example_keys(key, images.shape[0], images), 1)
     return gray_where(images, chance < probability)
 
 
@@ -506,7 +507,7 @@ def random_solarize(
         ValueError: for wrong shapes, or numbers out of range.
     """
     images = to_floats(images)
-    (chance,) = uniforms(example_keys(key, len(images), images), 1)
+    (chance,) = uniforms(example_keys(key, images.shape[0], images), 1)
     return solarize_by_draws(chance, images, probability, threshold)
 
 
@@ -525,7 +526,7 @@ def _adjust(
     check_arithmetic("arithmetic", arithmetic)
     images = to_floats(images)
     limits = (-1, 1) if _is_shift(name, arithmetic) else (0, math.inf)
-    factor = per_example("factor", factor, len(images), *limits)
+    factor = per_example("factor", factor, images.shape[0], *limits)
     (blend,) = _blends(images, {name: factor}, arithmetic)
     # One channel has no saturation: the blend with it is a change of nothing.
     return _clip(blend.of(images))
@@ -624,7 +625,7 @@ def _remove_color(images: jax.Array) -> jax.Array:
 
 
 def _solarize(images: jax.Array, threshold: Scalar) -> jax.Array:
-    threshold = per_example("threshold", threshold, len(images), 0, 1)
+    threshold = per_example("threshold", threshold, images.shape[0], 0, 1)
     return jnp.where(images >= threshold, 1 - images, images)
 
 

@@ -183,7 +183,7 @@ def crop_and_resize(
     images = to_floats(images)
     out_size = check_size("size", size)
     check_method("method", method)
-    count = len(images)
+    count = images.shape[0]
     if getattr(boxes, "shape", None) != (count, 4):
         raise ValueError(
             f"boxes: got {getattr(boxes, 'shape', boxes)!r}, expected shape"
@@ -274,7 +274,7 @@ def random_flip(key: Array, images: Array, *, probability: Scalar = 0.5) -> jax.
     """
     images = to_floats(images)
     probability = check_number("probability", probability, 0, 1)
-    (chance,) = uniforms(example_keys(key, len(images), images), 1)
+    (chance,) = uniforms(example_keys(key, images.shape[0], images), 1)
     return mirror_where(images, chance < probability)
 
 

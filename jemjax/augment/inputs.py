@@ -44,7 +44,7 @@ def to_floats(images: Any) -> jax.Array:
         raise ValueError(
             f"images: got shape {images.shape}, expected (N, H, W, C) with C = 1 or 3"
         )
-    if min(images.shape) < 1:
+    if any(is_whole(size) and size < 1 for size in images.shape):
         raise ValueError(f"images: got shape {images.shape}, expected sizes >= 1")
     scale = 255 if images.dtype == jnp.uint8 else 1
     if scale == 1 and not jnp.issubdtype(images.dtype, jnp.floating):

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.core import Tracer
 
 from jemjax.augment.inputs import (
@@ -135,7 +135,7 @@ def random_patch_mask(
     References:
         He et al., 2022, Masked autoencoders (arXiv:2111.06377).
     """
-    _check_count("batch_size", batch_size, 1)
+    _check_batch_size(batch_size)
     _check_count("num_patches", num_patches, 1)
     draw = jax.vmap(
         lambda key: jax.random.uniform(key, (int(num_patches),), jnp.float32)
@@ -227,7 +227,7 @@ def block_mask(
         et al., 2022, data2vec (arXiv:2202.03555): 120 of 14 x 14 patches; Zhou et al.,
         2022, iBOT (arXiv:2111.07832): 10 % to 50 % of them, drawn for each example.
     """
-    _check_count("batch_size", batch_size, 1)
+    _check_batch_size(batch_size)
     rows, columns = check_size("grid", grid)
     if getattr(num_masked, "shape", None) != (batch_size,):
         _check_count("num_masked", num_masked, 0, rows * columns)
@@ -322,7 +322,7 @@ def multi_block_masks(
     References:
         Assran et al., 2023, I-JEPA (arXiv:2301.08243).
     """
-    _check_count("batch_size", batch_size, 1)
+    _check_batch_size(batch_size)
     _check_count("num_targets", num_targets, 1)
     rows, columns = check_size("grid", grid)
     if min(rows, columns) < 2:
@@ -434,6 +434,11 @@ def _span(start: jax.Array, extent: jax.Array, size: int) -> jax.Array:
     """Which of `size` numbers are in [start, start + extent): (size,) bool."""
     numbers = jnp.arange(size, dtype=jnp.float32)
     return (start <= numbers) & (numbers < start + extent)
+
+
+def _check_batch_size(value: Any) -> None:
+    if not export.is_symbolic_dim(value):  # which `jax.export` leaves open
+        _check_count("batch_size", value, 1)
 
 
 def _check_count(name: str, value: Any, low: Whole, high: Whole | None = None) -> None:

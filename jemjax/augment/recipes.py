@@ -256,7 +256,7 @@ def finish_views(
             (traced ones cannot be checked).
     """
     images = [to_floats(crop) for crop in crops]
-    count = len(images[0]) if images else 0
+    count = images[0].shape[0] if images else 0
     shapes = [crop.shape[:3] for crop in images]
     expected = [(count, view.size, view.size) for view in recipe.views]
     if shapes != expected:
@@ -302,7 +302,7 @@ def _draws_of_views(
     others.
     """
     num_views, of_view = len(recipe.views), sum(_DRAWS.values())
-    count = len(images)
+    count = images.shape[0]
     draws = uniforms(example_keys(key, count, images), num_views * of_view)
     ends = list(itertools.accumulate(_DRAWS.values()))[:-1]
     return [

@@ -17,7 +17,9 @@ from jemjax.evaluation.inputs import (
     Whole,
     check_count,
     check_embeddings,
+    check_known,
     check_number,
+    is_known,
     on_host,
     whole,
 )
@@ -109,7 +111,8 @@ def effective_rank(embeddings: ArrayLike) -> jax.Array:
     covariance: its effective rank is 1, the smallest there is.
 
     Args:
-        embeddings: (N, D); the cost is that of min(N, D) eigenvalues.
+        embeddings: (N, D); the cost is that of min(N, D) eigenvalues, and of D where
+            `jax.export` leaves N open.
 
     Returns:
         A scalar from 1 to min(N, D).
@@ -122,7 +125,7 @@ def effective_rank(embeddings: ArrayLike) -> jax.Array:
     """
     h = _center(whole(check_embeddings("embeddings", embeddings)))  # (N, D)
     # Both products have the same eigenvalues, but for zeros.
-    smaller = h.T if h.shape[0] < h.shape[1] else h
+    smaller = h.T if is_known(h.shape[0]) and h.shape[0] < h.shape[1] else h
     product = jnp.matmul(smaller.T, smaller, precision=lax.Precision.HIGHEST)
     eigenvalues = jnp.maximum(jnp.linalg.eigvalsh(product), 0.0)  # (min(N, D),)
     total = jnp.sum(eigenvalues)
@@ -141,7 +144,8 @@ def rankme(embeddings: ArrayLike, *, eps: Scalar = 1e-7) -> jax.Array:
     p = eps.
 
     Args:
-        embeddings: (N, D); published with N = 25,600.
+        embeddings: (N, D); published with N = 25,600. N has to be known: it decides
+            how many singular values there are.
         eps: added after normalizing, > 0; 1e-7 as published. A scalar array, traced or
             not, is not checked.
 
@@ -155,6 +159,7 @@ def rankme(embeddings: ArrayLike, *, eps: Scalar = 1e-7) -> jax.Array:
         Garrido, Balestriero, Najman, LeCun, 2023, RankMe (arXiv:2210.02885).
     """
     h = check_embeddings("embeddings", embeddings)
+    check_known("embeddings", h)
     return _rankme(h, check_number("eps", eps, h.dtype, open_low=True))
 
 
@@ -182,7 +187,8 @@ def alpha_req(embeddings: ArrayLike) -> jax.Array:
     out a chosen number of the first and the last eigenvalues.
 
     Args:
-        embeddings: (N, D); the fit sees min(N, D) eigenvalues at most.
+        embeddings: (N, D); the fit sees min(N, D) eigenvalues at most. N has to be
+            known.
 
     Returns:
         A scalar >= 0: 0 for a flat spectrum, near 1 for good features as published,
@@ -194,7 +200,9 @@ def alpha_req(embeddings: ArrayLike) -> jax.Array:
     References:
         Agrawal, Mondal, Ghosh, Richards, 2022, alpha-ReQ (arXiv:2202.05808).
     """
-    h = _center(whole(check_embeddings("embeddings", embeddings)))  # (N, D)
+    h = check_embeddings("embeddings", embeddings)
+    check_known("embeddings", h)
+    h = _center(whole(h))  # (N, D)
     # Not the roots of eigenvalues: those lose half the digits of small values.
     roots = jnp.linalg.svd(h, compute_uv=False)  # (min(N, D),), descending
     smallest = max(h.shape) * jnp.finfo(h.dtype).eps * roots[0]

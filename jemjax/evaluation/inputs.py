@@ -30,7 +30,7 @@ def check_embeddings(name: str, embeddings: ArrayLike) -> jax.Array:
         ValueError: for another rank, no rows, no columns, or another kind of dtype.
     """
     array = jnp.asarray(embeddings)
-    if array.ndim != 2 or 0 in array.shape:
+    if array.ndim != 2 or any(is_known(size) and size < 1 for size in array.shape):
         raise ValueError(
             f"{name}: got shape {array.shape}, expected (N, D) with N, D >= 1"
         )
@@ -39,6 +39,24 @@ def check_embeddings(name: str, embeddings: ArrayLike) -> jax.Array:
             f"{name}: got dtype {array.dtype}, expected a floating-point dtype"
         )
     return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+
+
+def is_known(size: Any) -> bool:
+    """Whether a size is a number; `jax.export` may leave it open, as a symbol."""
+    return isinstance(size, int)
+
+
+def check_known(name: str, embeddings: jax.Array) -> None:
+    """Refuses a number of rows that `jax.export` leaves open.
+
+    Raises:
+        ValueError: for a symbol.
+    """
+    if not is_known(embeddings.shape[0]):
+        raise ValueError(
+            f"{name}: got shape {embeddings.shape}, expected a known number of rows, of"
+            " which all have to be compared or decomposed together"
+        )
 
 
 def check_labelled(
@@ -60,6 +78,7 @@ def check_labelled(
             labels is not checked.
     """
     rows = check_embeddings(f"{name}_embeddings", embeddings)
+    check_known(f"{name}_embeddings", rows)
     num_classes = check_count("num_classes", num_classes)
     traced = isinstance(labels, Tracer)
     values: Any = labels if traced else on_host(f"{name}_labels", labels)

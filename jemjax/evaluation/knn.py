@@ -20,6 +20,7 @@ from jemjax.evaluation.inputs import (
     check_embeddings,
     check_labelled,
     check_number,
+    is_known,
     on_host,
     whole,
 )
@@ -62,7 +63,8 @@ def knn_predict(
     Args:
         train_embeddings: (N, D).
         train_labels: (N,) integers in [0, num_classes).
-        embeddings: (M, D) to classify.
+        embeddings: (M, D) to classify, one after the other where `jax.export` leaves M
+            open.
         k: number of neighbors, 1 to N.
         temperature: > 0; not so low that a vote overflows (0.012 is possible). A
             scalar array, traced or not, is not checked.
@@ -118,6 +120,8 @@ def _votes(train, labels, queries, temperature, *, k, num_classes):
         classes = jax.nn.one_hot(labels[rows], num_classes, dtype=train.dtype)  # (k, C)
         return jnp.matmul(weights, classes, precision=lax.Precision.HIGHEST)
 
+    if not is_known(queries.shape[0]):
+        return lax.map(votes, queries)
     chunk = max(1, min(len(queries), _MAX_COSINES // len(train)))
     return lax.map(votes, queries, batch_size=chunk)
 

@@ -17,8 +17,14 @@ VIEW = dataclasses.replace(
     solarize_probability=0.5,
 )
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-BOXES = np.array([[0, 1, 4, 3]] * COUNT)
-FACTORS = np.linspace(0.1, 0.4, COUNT, dtype=np.float32)
+
+
+def boxes(x):
+    return jnp.broadcast_to(jnp.array([0, 1, 4, 3]), (x.shape[0], 4))
+
+
+def factors(x):
+    return 0.1 + 0.03 * jnp.arange(x.shape[0], dtype=jnp.float32)
 
 
 def recipe(**changes):
@@ -31,7 +37,7 @@ def views(**changes):
 
 def masks(kind, ratio):
     def draw(key, x):
-        return augment.make_masks(key, COUNT, 4, MaskRecipe(kind, ratio))
+        return augment.make_masks(key, x.shape[0], 4, MaskRecipe(kind, ratio))
 
     return draw
 
@@ -53,14 +59,14 @@ OPERATIONS = {
     "brightness, byol": lambda key, x: augment.adjust_brightness(
         x, 0.2, arithmetic="byol"
     ),
-    "contrast": lambda key, x: augment.adjust_contrast(x, FACTORS),
+    "contrast": lambda key, x: augment.adjust_contrast(x, factors(x)),
     "saturation": lambda key, x: augment.adjust_saturation(x, np.float64(0.5)),
     "saturation, simclr": lambda key, x: augment.adjust_saturation(
-        x, jnp.asarray(FACTORS), arithmetic="simclr"
+        x, factors(x), arithmetic="simclr"
     ),
-    "hue": lambda key, x: augment.adjust_hue(x, FACTORS),
+    "hue": lambda key, x: augment.adjust_hue(x, factors(x)),
     "grayscale": lambda key, x: augment.to_grayscale(x),
-    "solarize": lambda key, x: augment.solarize(x, FACTORS),
+    "solarize": lambda key, x: augment.solarize(x, factors(x)),
     "normalize": lambda key, x: augment.normalize(x, (0.5, 0.4, 0.3), [0.2, 0.2, 0.3]),
     "denormalize": lambda key, x: augment.denormalize(
         x.astype(jnp.bfloat16), np.full(3, 0.5), 1
@@ -74,24 +80,26 @@ OPERATIONS = {
     "random_crop": lambda key, x: augment.random_resized_crop(
         key, x, 4, scale=(0.2, 1), method="bilinear"
     ),
-    "crop": lambda key, x: augment.crop_and_resize(x, BOXES, 4),
+    "crop": lambda key, x: augment.crop_and_resize(x, boxes(x), 4),
     "crop, not antialiased": lambda key, x: augment.crop_and_resize(
-        x, BOXES, 4, antialias=False
+        x, boxes(x), 4, antialias=False
     ),
-    "blur": lambda key, x: augment.gaussian_blur(x, FACTORS),
+    "blur": lambda key, x: augment.gaussian_blur(x, factors(x)),
     "random_blur": lambda key, x: augment.random_gaussian_blur(
         key, x, probability=0.5, padding="zero"
     ),
-    "boxes": lambda key, x: augment.random_boxes(key, COUNT, (6, 5), scale=(0.2, 1)),
+    "boxes": lambda key, x: augment.random_boxes(
+        key, x.shape[0], (6, 5), scale=(0.2, 1)
+    ),
     "random_patch_mask": lambda key, x: augment.random_patch_mask(
-        key, COUNT, 9, ratio=np.array(0.5)
+        key, x.shape[0], 9, ratio=np.array(0.5)
     ),
     "mask_of_noise": lambda key, x: augment.mask_of_noise(x[:, :, 0, 0], 0.5),
     "block_mask": masks("block", 0.6),
     "block_mask, own ratio": masks("block", (0.1, 0.5)),
-    "multi_block_masks": lambda key, x: augment.multi_block_masks(key, COUNT, 4),
+    "multi_block_masks": lambda key, x: augment.multi_block_masks(key, x.shape[0], 4),
     "fill_masked": lambda key, x: augment.fill_masked(
-        x, jnp.arange(COUNT * 10).reshape(COUNT, 10) % 3 == 0, (2, 5)
+        x, jnp.arange(x.shape[0] * 10).reshape(-1, 10) % 3 == 0, (2, 5)
     ),
 }
 
