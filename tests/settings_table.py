@@ -32,7 +32,7 @@ from losses.table import NATURAL, TABLE
 from jemjax import evaluation, losses, targets
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # the key of what is kept of it
 class Case:
     """A function of arrays whose first axis, or another, is the batch.
 
@@ -191,13 +191,15 @@ def _of_varied(case: Case) -> Callable[..., jax.Array]:
     return lambda *varied: scalar(case)(*varied, *rest)
 
 
+@functools.cache
 def _slope(case: Case) -> jax.Array:
     """The derivative along the direction, by the gradient."""
-    _, of_arrays = jax.jit(gradient(case))(*case.arrays)
+    _, of_arrays = _alone(case)
     pairs = zip(of_arrays, along(case), strict=True)
     return sum((jnp.sum(g * d) for g, d in pairs), jnp.zeros(()))
 
 
+@functools.cache
 def _alone(case: Case) -> Any:
     return jax.jit(gradient(case))(*case.arrays)
 
@@ -227,6 +229,7 @@ def _jacfwd(case: Case) -> Any:
     return sum(jnp.sum(g * d) for g, d in pairs)
 
 
+@functools.cache
 def _hessian_vector(case: Case, kind: str) -> Any:
     """A product of the Hessian and the direction, in one of three orders."""
     varied = case.arrays[: case.varied]
@@ -257,9 +260,9 @@ def _scanned(case: Case) -> Any:
 
         return jax.lax.scan(step, jnp.zeros(()), jnp.array([1.0, 0.0]))[0]
 
-    looped = Case(run, case.arrays, case.varied, case.batch_axes)
-    made = jax.jit(jax.value_and_grad(run, tuple(range(case.varied))))
-    return made(*case.arrays) if looped.varied else (jax.jit(run)(*case.arrays), ())
+    if not case.varied:
+        return jax.jit(run)(*case.arrays), ()
+    return jax.jit(jax.value_and_grad(run, tuple(range(case.varied))))(*case.arrays)
 
 
 def _in_while_loop(case: Case) -> Any:

@@ -74,7 +74,9 @@ def sinkhorn(
     """
     check_arrays(axis_name, min_batch=1, scores=(scores, "NK"))
     epsilon, num_iterations = _check_sinkhorn(epsilon, num_iterations)
-    return _assignments(jnp.asarray(scores), 0, epsilon, num_iterations, axis_name)
+    scores = jnp.asarray(scores)
+    epsilon = _of_one_type(epsilon, scores)
+    return _assignments(scores, 0, epsilon, num_iterations, axis_name)
 
 
 def assign(
@@ -112,6 +114,7 @@ def assign(
         arrays["queue_scores"] = (queue_scores, "AQK")
     scores, *queue = _as_given(check_arrays(axis_name, min_batch=1, **arrays), arrays)
     rows = jnp.concatenate([*queue, scores], axis=1)  # (A, Q + N, K)
+    epsilon = _of_one_type(epsilon, rows)
     queue_length = rows.shape[1] - scores.shape[1]
     # One view after another, because `vmap` would compute both of `_assignments` forms.
     return jnp.stack(
@@ -241,6 +244,12 @@ def swav(
     )
 
 
+def _of_one_type(epsilon, scores):
+    """A scalar of the dtype that is computed in: what has it is compiled once."""
+    narrow = jnp.finfo(scores.dtype).bits < 32
+    return jnp.asarray(epsilon, jnp.float32 if narrow else scores.dtype)
+
+
 # Compiled, because a call outside `jit` would otherwise compile its branches each time.
 @functools.partial(jax.jit, static_argnames=("skip", "num_iterations", "axis_name"))
 def _assignments(scores, skip, epsilon, num_iterations, axis_name):
@@ -248,13 +257,12 @@ def _assignments(scores, skip, epsilon, num_iterations, axis_name):
 
     Scores of fewer digits than float32 are converted where they are read.
     """
-    narrow = jnp.finfo(scores.dtype).bits < 32
-    dtype = jnp.finfo(jnp.float32 if narrow else scores.dtype)
+    dtype = jnp.finfo(epsilon.dtype)
     extremes = jnp.stack([jnp.max(scores), -jnp.min(scores)]).astype(dtype.dtype)
     extremes = pmax(extremes, axis_name)
     # In eighths, no difference or potential of finite scores overflows.
     high, negative_low = 0.125 * extremes
-    epsilon = jnp.maximum(0.125 * jnp.asarray(epsilon, dtype.dtype), dtype.tiny)
+    epsilon = jnp.maximum(0.125 * epsilon, dtype.tiny)
     # With potentials of up to 1.5 times the range of the exponents, neither they nor
     # the gradients leave the dtype's exponents.
     limit = 0.5 * math.log(float(dtype.max))

@@ -95,6 +95,9 @@ OPERATIONS = {
         key, x.shape[0], 9, ratio=np.array(0.5)
     ),
     "mask_of_noise": lambda key, x: augment.mask_of_noise(x[:, :, 0, 0], 0.5),
+    "block_mask of a number": lambda key, x: augment.block_mask(
+        key, x.shape[0], 4, num_masked=6
+    ),
     "block_mask": masks("block", 0.6),
     "block_mask, own ratio": masks("block", (0.1, 0.5)),
     "multi_block_masks": lambda key, x: augment.multi_block_masks(key, x.shape[0], 4),

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from losses.table import NATURAL, TABLE
 
 from jemjax import losses
-from jemjax.losses import covariance, distillation
+from jemjax.losses import clustering, contrastive, covariance, distillation
 from jemjax.losses.collectives import is_local
 
 
@@ -122,6 +122,109 @@ def test_a_gradient_outside_of_jit_compiles_once(monkeypatch, name):
     assert len(traced) == 1
 
 
+NUMBERS = {
+    "Python": float,
+    "NumPy": np.float32,
+    "array of NumPy": np.array,
+    "array": jnp.asarray,
+    "float16": jnp.float16,
+}
+
+
+COMPILED = {
+    "sinkhorn": (clustering, "_by_scaling", clustering._assignments),
+    "info_nce": (contrastive, "row_products", contrastive._log_others_and_mean_key),
+    "dino": (distillation, "_sum_and_gradient", distillation._in_blocks),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_numbers_of_any_kind_compile_once(monkeypatch, name):
+    monkeypatch.setattr(distillation, "_BLOCK", 88)
+    module, traced, program = COMPILED[name]
+    original, traces = getattr(module, traced), []
+
+    def counted(*arguments, **keywords):
+        traces.append(1)
+        return original(*arguments, **keywords)
+
+    x, y, queue = map(jnp.asarray, _random((3, 8, 6)))
+    views = jnp.stack([x, y])
+
+    def gradient(number):
+        return jax.grad(losses.dino)(views, views, x[0], student_temperature=number)
+
+    calls = {
+        "sinkhorn": lambda number: losses.sinkhorn(x, epsilon=number),
+        "info_nce": lambda number: losses.info_nce(x, y, queue, temperature=number),
+        "dino": gradient,
+    }
+    program.clear_cache()
+    monkeypatch.setattr(module, traced, counted)
+    made, counts = [], []
+    for kind in NUMBERS.values():
+        made.append(calls[name](kind(0.25)))
+        counts.append(len(traces))
+    assert counts[0] > 0 and set(counts) == {counts[0]}
+    for other in made[1:]:
+        np.testing.assert_array_equal(other, made[0])
+
+
+# A third axis of a mesh
+
+
+@pytest.mark.parametrize("rows", [None, ("a", "b")])
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_prototypes_over_an_axis_of_an_explicit_mesh(rows, spread):
+    """Of few scores and of a range that is computed from logarithms."""
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Explicit,) * 3
+    )
+    scores, queue = spread * _random((2, 8, 6)), _random((2, 4, 6), 1)
+    run = jax.value_and_grad(
+        lambda scores, queue: (
+            losses.swav(scores, queue_scores=queue)
+            + jnp.sum(jnp.square(losses.sinkhorn(scores[0])))
+        )
+    )
+    value, gradient = jax.jit(run)(scores, queue)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, jax.P(None, rows, "c"))
+        placed = [jax.device_put(array, place) for array in (scores, queue)]
+        got, of_scores = jax.device_get(jax.jit(run)(*placed))
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    np.testing.assert_allclose(of_scores, gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+# Where views agree
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+@pytest.mark.parametrize(("views", "rows"), [(2, 7), (5, 3)])
+def test_the_gradient_is_zero_where_student_and_teacher_are_certain(
+    views, rows, outputs
+):
+    student = np.zeros((views, rows, outputs), np.float32)
+    student[..., outputs // 2] = 40.0 + np.arange(rows)
+    teacher, center = student[:2], np.zeros(outputs, np.float32)
+
+    @jax.jit
+    def run(student, temperature):
+        def loss(student):
+            of_views = losses.dino(
+                student, teacher, center, student_temperature=temperature
+            )
+            return of_views + losses.cross_entropy(
+                student[0], teacher[0], student_temperature=temperature
+            )
+
+        return jax.value_and_grad(loss)(student)
+
+    for temperature in (0.07, 0.1, 0.13, 0.3):
+        value, gradient = run(student, temperature)
+        assert value == 0 and not np.any(gradient)
+
+
 # Where one form gives way to another
 
 
@@ -139,3 +242,23 @@ def test_forms_agree_on_both_sides_of_the_switch(monkeypatch, name, rows):
     for by_examples, by_features in zip(*results, strict=True):
         scale = np.abs(by_features).max()
         np.testing.assert_allclose(by_examples, by_features, atol=2e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("name", ["vicreg", "lecture_energy", "barlow_twins"])
+def test_forms_agree_over_an_axis(monkeypatch, name, rows):
+    """Of two shards: the rows of all are gathered, exchanged for columns, or summed."""
+    arrays = [_random((2, rows, 16), seed) for seed in range(2)]
+    shard = jax.value_and_grad(
+        functools.partial(getattr(losses, name), axis_name="data"), (0, 1)
+    )
+    results = []
+    for form in ("gather", "all_to_all", "sum"):
+        monkeypatch.setattr(covariance, "cheapest_form", lambda *_, form=form: form)
+        run = jax.jit(jax.vmap(shard, axis_name="data"))
+        value, gradients = run(*arrays)
+        results.append((value, np.stack(gradients)))
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(got, expected, atol=3e-6 * scale, rtol=0)
