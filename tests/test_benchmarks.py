@@ -57,6 +57,12 @@ TOY = """
 
     def raising(count):
         raise RuntimeError(f"no room for {count}")
+
+
+    def state(count):
+        import state_of_jemjax
+
+        return lambda: np.full(count, state_of_jemjax.NUMBER)
 """
 
 
@@ -192,6 +198,34 @@ def test_every_workload_is_found_by_its_name(monkeypatch):
         assert contenders.issuperset(workload.baselines)
         for contender in workload.contenders:
             assert set(contender.targets) <= set(workload.baselines)
+
+
+def test_an_earlier_state_is_imported_in_place_of_this_one(
+    monkeypatch, harness, toy, tmp_path
+):
+    run = _module(monkeypatch, FOLDER, "run")
+    for number, name in enumerate(("now", "before")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state_of_jemjax.py").write_text(f"NUMBER = {number}.0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "now"))
+    ours = harness.Contender("ours", toy.state, harness.JEMJAX, peer=False)
+    peer = harness.Contender("peer", toy.missing, ("numpy",))
+    workload = run.beside(
+        harness.Workload("toy", "Nothing.", (ours, peer), ("ours",), {"count": 2}),
+        "v0",
+        tmp_path / "before",
+    )
+    assert [each.name for each in workload.contenders] == ["ours", "ours v0"]
+    numbers = []
+    for contender in workload.contenders:
+        worker = harness.Worker(contender, workload.sizes, pathlib.Path(sys.executable))
+        try:
+            worker.ask("setup")
+            (made,) = harness._outputs(worker)
+        finally:
+            worker.close()
+        numbers.append(made[0])
+    assert numbers == [0.0, 1.0]
 
 
 def test_the_peer_is_told_what_a_run_of_ours_does(monkeypatch, tmp_path):

@@ -33,13 +33,30 @@ _forgets_to_psum.defvjp(
 )
 
 
+@functools.partial(jax.custom_jvp)
+def _scaled(x, scale):
+    return x * scale
+
+
+@functools.partial(_scaled.defjvp, symbolic_zeros=True)
+def _scaled_jvp(primals, tangents):
+    """Its zeros are not known to vary over a mesh's axes, as the arrays do."""
+    made = [
+        jnp.zeros(primal.shape, primal.dtype)
+        if isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+        else tangent
+        for primal, tangent in zip(primals, tangents, strict=True)
+    ]
+    return jax.jvp(_scaled.fun, primals, tuple(made))
+
+
 def _example(replaced):
     """The page's example and its tests, with parts of the text replaced."""
     source = SOURCE
     for old, new in replaced.items():
         assert old in source
         source = source.replace(old, new)
-    names = {"_forgets_to_psum": _forgets_to_psum}
+    names = {"_forgets_to_psum": _forgets_to_psum, "_scaled": _scaled}
     exec(source, names)
     return names
 
@@ -70,6 +87,8 @@ def test_the_page_shows_a_failure_as_it_is():
 
 PMEAN = "jax.lax.pmean(local, axis_name)"
 LAST = "mean(jnp.mean(jnp.square(x - y), axis=1)) + constant"
+SQUARES = "jnp.mean(jnp.square(x - y), axis=1)"
+CONSTANT = "jax.lax.stop_gradient(1 + x[:, 0])"
 UNCHECKED = "shard_map of grad, unchecked"
 OF_THE_PARAMETER = "gradient of the parameter: .*"
 
@@ -110,6 +129,23 @@ DEVICE_FAULTS = {
         UNCHECKED,
         OF_THE_PARAMETER + " 0.125 times .* custom_vjp that forgets to psum",
     ),
+    "as many shards as devices": (
+        {PMEAN: "jax.lax.psum(local, axis_name) / jax.device_count()"},
+        "grad of shard_map, three axes",
+        "value: got .*",
+    ),
+    **{
+        f"zeros of its own in a rule, {through}": (
+            {LAST: f"mean(_scaled({SQUARES}, {CONSTANT})) + constant"},
+            through,
+            "the loss cannot be run: ",
+        )
+        for through in (
+            "shard_map of grad of jit",
+            "shard_map of grad of scan",
+            "grad of shard_map of checkpoint",
+        )
+    },
     "the index of a shard": (
         {PMEAN: "jax.lax.pmean(local, axis_name) + jax.lax.axis_index(axis_name)"},
         "vmap",

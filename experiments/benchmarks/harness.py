@@ -7,6 +7,7 @@ and with them what the machine can do. What cannot be run is named, and the rest
 """
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import inspect
@@ -17,7 +18,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import limits
 import numpy as np
 
+ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 PATIENCE = 200.0  # seconds for one answer
 # What every contender of ours needs.
@@ -52,6 +54,8 @@ class Contender:
     """as pip names them, what it needs; their versions are printed"""
     peer: bool = True
     """run by the interpreter of the peers' environment"""
+    source: Path | None = None
+    """folder of an earlier state of jemjax, imported in place of this one"""
     batches: int = 1
     """that one call makes; given to setup where it is not 1"""
     targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -94,6 +98,21 @@ class Failed(Exception):
     """A contender that cannot be run, with the reason."""
 
 
+@contextlib.contextmanager
+def checkout(revision: str) -> Iterator[Path]:
+    """An earlier state of the repository in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        add = [*git, "add", "--detach", folder, revision]
+        done = subprocess.run(add, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"--against {revision}: {done.stderr.strip()}")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
+
+
 class Worker:
     """The process of a contender."""
 
@@ -106,6 +125,8 @@ class Worker:
         environment = {**os.environ, **ALLOCATOR}
         if contender.peer:
             environment.pop("PYTHONPATH", None)
+        if contender.source is not None:
+            environment["PYTHONPATH"] = str(contender.source)
         function = contender.setup
         self._said = tempfile.TemporaryFile("w+")
         try:

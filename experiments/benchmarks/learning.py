@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -312,21 +311,6 @@ def _head(head: Any) -> dict[str, Any] | None:
     return {name: getattr(head, name) for name in names}
 
 
-@contextlib.contextmanager
-def checkout(revision: str) -> Iterator[Path]:
-    """An earlier state of the repository in a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        git = ["git", "-C", str(ROOT), "worktree"]
-        add = [*git, "add", "--detach", folder, revision]
-        done = subprocess.run(add, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"--against {revision}: {done.stderr.strip()}")
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run([*git, "remove", "--force", folder], check=True)
-
-
 def table(options: Options, rows: dict[str, list[dict[str, Any]]]) -> str:
     """Means and spreads as Markdown."""
     lines = [
@@ -377,7 +361,7 @@ def main(options: Options) -> None:
             "jemjax": lambda seed, steps, timed: run_jemjax(ROOT, options, seed, steps)
         }
         if options.against:
-            before = stack.enter_context(checkout(options.against))
+            before = stack.enter_context(harness.checkout(options.against))
             contenders[f"jemjax {options.against}"] = lambda seed, steps, timed: (
                 run_jemjax(before, options, seed, steps)
             )

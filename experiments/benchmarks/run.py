@@ -3,10 +3,12 @@
 python experiments/benchmarks/run.py --peers PEERS/bin/python            # everything
 python experiments/benchmarks/run.py views --peers PEERS/bin/python      # one workload
 python experiments/benchmarks/run.py views/32 --peers PEERS/bin/python   # a part of it
+python experiments/benchmarks/run.py losses --against HEAD~20            # before
 
 README.md here says how to make the peers' environment, and what is compared.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -36,6 +38,8 @@ class Options:
     """names, or what they begin with before a slash; none: all"""
     peers: Path = Path(".venv-peers/bin/python")
     """interpreter of the peers' environment"""
+    against: str | None = None
+    """an earlier state of jemjax, as git names it, in place of the peers"""
     rounds: int = 5
     """turns of each contender"""
     seconds: float = 1.0
@@ -58,13 +62,43 @@ def chosen(names: tuple[str, ...]) -> list[harness.Workload]:
     ]
 
 
+def beside(workload: harness.Workload, revision: str, source: Path) -> harness.Workload:
+    """What is ours of a workload, and the same of an earlier state of jemjax."""
+    ours = [
+        dataclasses.replace(contender, targets={})
+        for contender in workload.contenders
+        if contender.packages == harness.JEMJAX and not contender.peer
+    ]
+    earlier = [
+        dataclasses.replace(each, name=f"{each.name} {revision}", source=source)
+        for each in ours
+    ]
+    contenders = [each for pair in zip(ours, earlier, strict=True) for each in pair]
+    names = tuple(each.name for each in ours)
+    return dataclasses.replace(
+        workload, contenders=tuple(contenders), baselines=names, share=False
+    )
+
+
 def main(options: Options) -> None:
     """Runs the workloads and prints their tables."""
+    workloads = chosen(options.workloads)
+    with contextlib.ExitStack() as stack:
+        if options.against is not None:
+            before = stack.enter_context(harness.checkout(options.against))
+            workloads = [
+                beside(workload, options.against, before) for workload in workloads
+            ]
+        run_all(workloads, options)
+
+
+def run_all(workloads: list[harness.Workload], options: Options) -> None:
+    """Runs workloads one after the other, and prints a table after each."""
     about = harness.machine()
     text = [harness.header(about)]
     print(text[0] + "\n", flush=True)
     results = []
-    for workload in chosen(options.workloads):
+    for workload in workloads:
         try:
             result = harness.run(
                 workload,
@@ -85,12 +119,14 @@ def main(options: Options) -> None:
             everything = json.dumps({**about, "results": results}, indent=1)
             (options.output / "results.json").write_text(everything + "\n")
 
-    named = {workload.name: workload for workload in WORKLOADS}
+    named = {workload.name: workload for workload in workloads}
     for kind in ("losses", "step"):
         of_kind = [each for each in results if each["workload"].startswith(f"{kind}/")]
         if of_kind:
-            workloads = [named[each["workload"]] for each in of_kind]
-            text.append(f"## {kind}\n\n{harness.summary(workloads, of_kind)}")
+            summary = harness.summary(
+                [named[each["workload"]] for each in of_kind], of_kind
+            )
+            text.append(f"## {kind}\n\n{summary}")
             print(text[-1] + "\n", flush=True)
     if options.output is not None and results:
         (options.output / "results.md").write_text("\n\n".join(text) + "\n")

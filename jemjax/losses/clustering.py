@@ -197,6 +197,10 @@ def swav(
     lecture writes the sum of the two cross-entropies of two views, which is twice that,
     and calls q one-hot; these are soft, as in the official code.
 
+    As in `dino`, the gradient of large scores is computed block by block of examples,
+    and all at once where the partitioner may have sharded the batch, and where
+    `jax.export` leaves N open.
+
     Args:
         scores: (V, N, K) cosines of the embeddings of V views to K prototypes, the
             views to assign first (SwAV's large crops).

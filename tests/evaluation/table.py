@@ -19,7 +19,9 @@ def labels_of(h):
 
 
 def votes(h):
-    return evaluation.knn_predict(h, labels_of(h), h, k=2, num_classes=3)
+    return evaluation.knn_predict(
+        h, labels_of(h), h, k=2, temperature=1.0, num_classes=3
+    )
 
 
 def probe(h):
