@@ -1,7 +1,9 @@
 """Settings and transformations that other projects use the losses under."""
 
 import functools
+import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +170,52 @@ def test_numbers_of_any_kind_compile_once(monkeypatch, name):
     assert counts[0] > 0 and set(counts) == {counts[0]}
     for other in made[1:]:
         np.testing.assert_array_equal(other, made[0])
+
+
+def _numbers_of(name):
+    """The hyper-parameters of a loss of the table that are numbers, and defaults."""
+    function = TABLE[name].function
+    given = getattr(function, "keywords", {})
+    function = getattr(function, "func", function)
+    if not TABLE[name].direct:
+        function = getattr(losses, name.split(",")[0])
+    return {
+        key: parameter.default
+        for key, parameter in inspect.signature(function).parameters.items()
+        if isinstance(parameter.default, float) and key not in given
+    }
+
+
+FAST = ("vicreg", "swav", "dino", "nt_xent", "info_nce, queue")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in TABLE
+        if _numbers_of(name)
+    ],
+)
+def test_vmap_over_hyper_parameters(name):
+    loss, numbers = TABLE[name], _numbers_of(name)
+    arrays = [_random((8, 6), seed) for seed in range(loss.count)]
+
+    def run(hyper):
+        return jax.value_and_grad(
+            lambda x, hyper: loss.function(x, *arrays[1:], **hyper), (0, 1)
+        )(arrays[0], hyper)
+
+    sets = [{key: scale * n for key, n in numbers.items()} for scale in (0.7, 1.6)]
+    stacked = jax.tree.map(lambda *each: jnp.array(each), *sets)
+    together, one = jax.jit(jax.vmap(run))(stacked), jax.jit(run)
+    for index, hyper in enumerate(sets):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, i=index: leaf[i], together),
+            one(jax.tree.map(jnp.float32, hyper)),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 # A third axis of a mesh
