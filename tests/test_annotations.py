@@ -155,7 +155,7 @@ def _as_ints(value):
 
 
 def _is_traced(name, value):
-    """Whether a value may be a tracer; these ratios fix shapes, and may not."""
+    """Whether a value may be a tracer; these ratios must be known."""
     fixed = ("mask_of_noise", "random_patch_mask", "num_kept_patches")
     numbers = () if name.endswith(fixed) else (float,)
     return isinstance(value, (np.ndarray, *numbers))

@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from jemjax.augment.inputs import (
     Array,
+    Number,
     Range,
     Scalar,
     Size,
@@ -115,7 +116,7 @@ def make_masks(
 
 
 def random_patch_mask(
-    key: Array, batch_size: Whole, num_patches: Whole, *, ratio: Scalar
+    key: Array, batch_size: Whole, num_patches: Whole, *, ratio: Number | Array
 ) -> jax.Array:
     """Masks patches at random, the same number in every example.
 
@@ -143,12 +144,12 @@ def random_patch_mask(
     return mask_of_noise(draw(example_keys(key, batch_size)), ratio)
 
 
-def mask_of_noise(noise: Array, ratio: Scalar) -> jax.Array:
+def mask_of_noise(noise: Array, ratio: Number | Array) -> jax.Array:
     """Keeps the patches of least noise: (N, T) numbers -> (N, T) bool, True = masked.
 
     Args:
         noise: (N, T).
-        ratio: share of the patches that are masked, in [0, 1].
+        ratio: share of the patches that are masked, in [0, 1], known at trace time.
 
     Returns:
         (N, T) bool, with `num_kept_patches(T, ratio)` False in each row.
@@ -162,12 +163,13 @@ def mask_of_noise(noise: Array, ratio: Scalar) -> jax.Array:
     return ranks >= num_kept_patches(noise.shape[1], ratio)
 
 
-def num_kept_patches(num_patches: Whole, ratio: Scalar) -> int:
+def num_kept_patches(num_patches: Whole, ratio: Number | Array) -> int:
     """How many patches a random mask leaves: floor(num_patches (1 - ratio)).
 
     Args:
         num_patches: T >= 1.
-        ratio: share of the patches that are masked, in [0, 1], a Python number.
+        ratio: share of the patches that are masked, in [0, 1], known at trace
+            time.
 
     Returns:
         0 to T.

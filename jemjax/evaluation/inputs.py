@@ -54,8 +54,8 @@ def check_known(name: str, embeddings: jax.Array) -> None:
     """
     if not is_known(embeddings.shape[0]):
         raise ValueError(
-            f"{name}: got shape {embeddings.shape}, expected a known number of rows, of"
-            " which all have to be compared or decomposed together"
+            f"{name}: got shape {embeddings.shape}, expected a known number of rows:"
+            " neighbors, labels and singular values are of that many"
         )
 
 

@@ -61,7 +61,7 @@ def knn_predict(
     Memory is bounded: embeddings are asked about in compiled chunks.
 
     Args:
-        train_embeddings: (N, D).
+        train_embeddings: (N, D), N known.
         train_labels: (N,) integers in [0, num_classes).
         embeddings: (M, D) to classify, one after the other where `jax.export` leaves M
             open.
@@ -139,9 +139,9 @@ def knn_accuracy(
     """Accuracy of `knn_predict`.
 
     Args:
-        train_embeddings: (N, D).
+        train_embeddings: (N, D), N known.
         train_labels: (N,) integers in [0, num_classes).
-        test_embeddings: (M, D).
+        test_embeddings: (M, D), M known.
         test_labels: (M,) integers in [0, num_classes).
         k: number of neighbors, 1 to N.
         temperature: > 0.

@@ -54,9 +54,9 @@ def linear_probe(
     by optax's L-BFGS, which keeps a part of its memory in float64.
 
     Args:
-        train_embeddings: (N, D).
+        train_embeddings: (N, D), N known.
         train_labels: (N,) integers in [0, num_classes).
-        test_embeddings: (M, D).
+        test_embeddings: (M, D), M known.
         test_labels: (M,) integers in [0, num_classes).
         num_classes: C; unless given, one more than the largest training label, which
             has to be known: inside `jit` it must be given.

@@ -198,8 +198,8 @@ def swav(
     and calls q one-hot; these are soft, as in the official code.
 
     As in `dino`, the gradient of large scores is computed block by block of examples,
-    and all at once where the partitioner may have sharded the batch, and where
-    `jax.export` leaves N open.
+    and all at once in float16, where the partitioner may have sharded the batch, and
+    where `jax.export` leaves N open.
 
     Args:
         scores: (V, N, K) cosines of the embeddings of V views to K prototypes, the
@@ -249,7 +249,7 @@ def swav(
 
 
 def _of_one_type(epsilon, scores):
-    """A scalar of the dtype that is computed in: what has it is compiled once."""
+    """The scalar in the dtype of the computation: the program is then compiled once."""
     narrow = jnp.finfo(scores.dtype).bits < 32
     return jnp.asarray(epsilon, jnp.float32 if narrow else scores.dtype)
 
@@ -301,7 +301,9 @@ def _by_scaling(scores, shift, epsilon, *, skip, num_iterations, axis_name, boun
 
     columns = jnp.ones(kernel.shape[1], kernel.dtype)
     if num_iterations > 0:
-        rows = jnp.ones_like(jnp.sum(kernel, axis=1))  # placed as a sum's result is
+        # Of a sum, which an Explicit mesh places as the loop's results; a column of
+        # scores whose prototypes are sharded cannot be cut out there.
+        rows = jnp.ones_like(jnp.sum(kernel, axis=1))
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         columns = prototypes(rows)
     plan = kernel[skip:]
@@ -333,7 +335,7 @@ def _by_logarithms(scores, shift, epsilon, *, skip, num_iterations, axis_name):
 
     plan = scores[skip:]
     if num_iterations > 0:
-        rows = jnp.zeros_like(jnp.sum(scores, axis=1))
+        rows = jnp.zeros_like(jnp.sum(scores, axis=1))  # as in `_by_scaling`
         rows = lax.fori_loop(0, num_iterations - 1, iterate, rows)
         plan = plan + prototypes(rows)[None]
     largest = lax.stop_gradient(jnp.max(plan, axis=1, keepdims=True))

@@ -332,7 +332,7 @@ def _entropy(logits, targets, temperature):
 
 @functools.partial(_entropy.defjvp, symbolic_zeros=True)
 def _entropy_jvp(primals, tangents):
-    """The logits' gradient is written out: exactly 0 where a softmax is its target."""
+    """Written out, the logits' gradient is exactly 0 where both sides are certain."""
     value, gradient = _entropy_and_gradient(*primals)
     varied, changes = _varied(tangents), []
     if 0 in varied:

@@ -59,7 +59,7 @@ class DINO(Method):
     center_momentum: float = 0.9
     """of the mean that is subtracted from the target's logits"""
     head_norm: Literal["batch", "none"] | None = None
-    """normalization behind the head's hidden layers"""
+    """normalization after the head's hidden layers"""
     learn_last_scale: bool = False
     """whether the last layer's rows have a trained length, instead of 1"""
     freeze_last_layer: float = 1.0

@@ -44,9 +44,9 @@ class MoCo(Method):
 
     name: ClassVar[str] = "moco"
     collapse_hint: ClassVar[str] = (
-        "lower --temperature or --optimizer.learning-rate, raise --target-momentum, so"
-        " that the keys of the queue stay consistent, or normalize the projector with"
-        " --head-norm batch"
+        "lower --temperature or --optimizer.learning-rate; or raise --target-momentum,"
+        " so that the keys of the queue stay consistent; or normalize the projector"
+        " with --head-norm batch"
     )
     # The first view is the query, the second the key.
     online_views: ClassVar[tuple[int, ...]] = (0,)
@@ -58,7 +58,7 @@ class MoCo(Method):
     queue_length: int | None = None
     """keys that are remembered, a multiple of the batch"""
     head_norm: Literal["batch", "none"] | None = None
-    """normalization behind the projector's hidden layer"""
+    """normalization after the projector's hidden layer"""
 
     # What are the views of an image? Two, drawn alike.
     def views(self, image_size: int) -> ViewRecipe:
@@ -68,10 +68,11 @@ class MoCo(Method):
         return moco_imagenet(image_size)
 
     # What embeds a view? A projector of two layers, as published without normalization.
-    # Features that have much in common, as a transformer's at first, would without it
-    # all leave the queue's keys in one direction.
+    # Without it features that have much in common, as a transformer's do at first,
+    # would leave all keys of the queue in one direction.
     def make_projector(self, widths: tuple[int, ...]) -> nn.Module:
-        """Linear, ReLU, Linear."""
+        """Linear, maybe BatchNorm, ReLU, Linear."""
+        assert self.head_norm is not None
         return MLPHead(widths, hidden_norm=self.head_norm == "batch")
 
     # What is the other branch? A moving average, of constant momentum.

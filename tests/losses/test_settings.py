@@ -222,13 +222,13 @@ def test_vmap_over_hyper_parameters(name):
 
 
 @pytest.mark.parametrize("rows", [None, ("a", "b")])
-@pytest.mark.parametrize("spread", [1.0, 100.0])
+@pytest.mark.parametrize("spread", [0.1, 100.0])
 def test_prototypes_over_an_axis_of_an_explicit_mesh(rows, spread):
-    """Of few scores and of a range that is computed from logarithms."""
+    """Of a small range, and of one that is computed from logarithms."""
     mesh = jax.make_mesh(
         (2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Explicit,) * 3
     )
-    scores, queue = spread * _random((2, 8, 6)), _random((2, 4, 6), 1)
+    scores, queue = spread * _random((2, 8, 6)), spread * _random((2, 4, 6), 1)
     run = jax.value_and_grad(
         lambda scores, queue: (
             losses.swav(scores, queue_scores=queue)
@@ -248,13 +248,12 @@ def test_prototypes_over_an_axis_of_an_explicit_mesh(rows, spread):
 
 
 @pytest.mark.parametrize("outputs", [1, 5])
-@pytest.mark.parametrize(("views", "rows"), [(2, 7), (5, 3)])
-def test_the_gradient_is_zero_where_student_and_teacher_are_certain(
-    views, rows, outputs
-):
+@pytest.mark.parametrize("teachers", [2, 3, 4, 5])
+def test_the_gradient_is_zero_where_student_and_teacher_are_certain(teachers, outputs):
+    views, rows = 5, 7
     student = np.zeros((views, rows, outputs), np.float32)
     student[..., outputs // 2] = 40.0 + np.arange(rows)
-    teacher, center = student[:2], np.zeros(outputs, np.float32)
+    teacher, center = student[:teachers], np.zeros(outputs, np.float32)
 
     @jax.jit
     def run(student, temperature):
