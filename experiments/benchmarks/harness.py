@@ -437,7 +437,9 @@ def summary(workloads: Iterable[Workload], results: Iterable[dict[str, Any]]) ->
     names = dict.fromkeys(each.name for w, _ in pairs for each in w.contenders)
     names.pop(baseline)
     memory = any(workload.memory for workload, _ in pairs)
-    heads = ["", f"{baseline}, ms", *names] + ["MiB, temporary (plain_jax)"] * memory
+    # Beside plain JAX; or, of two states of jemjax, beside the other.
+    other = "plain_jax" if "plain_jax" in names else next(iter(names))
+    heads = ["", f"{baseline}, ms", *names] + [f"MiB, temporary ({other})"] * memory
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for workload, result in pairs:
         of_rows = {row["name"]: row for row in result["rows"]}
@@ -456,8 +458,7 @@ def summary(workloads: Iterable[Workload], results: Iterable[dict[str, Any]]) ->
             )
         if memory:
             needs = [
-                of_rows.get(name, {}).get("temporary_mib")
-                for name in (baseline, "plain_jax")
+                of_rows.get(name, {}).get("temporary_mib") for name in (baseline, other)
             ]
             ours, plain = (f"{need:,.1f}" if need else "-" for need in needs)
             cells.append(f"{ours} ({plain})")
