@@ -42,7 +42,9 @@ class Case:
         varied: how many of the first arrays have a gradient.
         batch_axes: of the arrays; None for one that every shard has whole.
         shards: whether it takes `axis_name`, and gives the same on each shard.
-        constants: whether it makes constants of parts of what has a gradient.
+        differences: the share of a second derivative's entries that finite differences
+            confirm: not all where values are clipped, none where they are rounded and
+            where the loss makes constants of parts of what has a gradient.
         host: whether it computes with NumPy, and so is not traced.
     """
 
@@ -51,7 +53,7 @@ class Case:
     varied: int
     batch_axes: tuple[int | None, ...]
     shards: bool = False
-    constants: bool = False
+    differences: float = 1.0
     host: bool = False
 
 
@@ -86,14 +88,19 @@ def cases() -> dict[str, Case]:
         arrays = tuple(_random((8, 6), seed) for seed in range(loss.count))
         axes = (0,) * loss.count
         made[f"losses.{name}"] = Case(
-            loss.function, arrays, loss.varied, axes, True, loss.own_constants
+            loss.function,
+            arrays,
+            loss.varied,
+            axes,
+            shards=True,
+            differences=0.0 if loss.own_constants else 1.0,
         )
     for name, (loss, shapes, promises) in NATURAL.items():
         arrays = tuple(_random(shape, seed) for seed, shape in enumerate(shapes))
         axes = promises["batch_axes"]
         axes = axes if isinstance(axes, tuple) else (axes,) * len(shapes)
         made[f"losses.{name}, its own axes"] = Case(
-            loss, arrays, 1, axes, True, name == "swav"
+            loss, arrays, 1, axes, True, 0.0 if name == "swav" else 1.0
         )
     scores, layers = _random((8, 6), 0), _random((8, 2, 3, 4), 1)
     center, logits = _random((6,), 2), _random((2, 8, 6), 3)
@@ -163,7 +170,8 @@ def cases() -> dict[str, Case]:
     images = np.random.default_rng(6).random((COUNT, HEIGHT, WIDTH, 3), np.float32)
     for name, operation in OPERATIONS.items():
         call = functools.partial(operation, jax.random.key(0))
-        made[f"augment.{name}"] = Case(call, (images,), 1, (0,))
+        share = 0.0 if "bfloat16" in name else 0.97
+        made[f"augment.{name}"] = Case(call, (images,), 1, (0,), differences=share)
     return made
 
 
@@ -475,8 +483,8 @@ def check(case: Case, setting: str) -> None:
         AssertionError: if it gives something else than it does alone.
         Exception: what it raises.
     """
-    if setting == SECOND[0] and not case.constants:
-        _compare(_hessian_vector(case, setting), _second_difference(case), 1e-2)
+    if setting == SECOND[0] and case.differences:
+        _confirm(_hessian_vector(case, setting), _second_difference(case), case)
     tolerance = 2e-4 if setting in (*SECOND, *SLOPES) else 3e-5
     if setting in FLAGS:
         expected = case.call(*case.arrays) if case.host else _alone(case)
@@ -492,6 +500,12 @@ def check(case: Case, setting: str) -> None:
         run = (ALIKE | IN_SHARDS)[setting]
         expected, got = _alone(case), run(case)
     _compare(got, expected, tolerance)
+
+
+def _confirm(derivatives: Any, differences: Any, case: Case) -> None:
+    for got, expected in zip(derivatives, differences, strict=True):
+        agree = np.abs(got - expected) <= 1e-2 * max(1.0, np.abs(got).max())
+        assert agree.mean() >= case.differences, f"{agree.mean():.1%} of {got} agree"
 
 
 def _compare(got: Any, expected: Any, tolerance: float) -> None:

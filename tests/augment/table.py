@@ -68,9 +68,7 @@ OPERATIONS = {
     "grayscale": lambda key, x: augment.to_grayscale(x),
     "solarize": lambda key, x: augment.solarize(x, factors(x)),
     "normalize": lambda key, x: augment.normalize(x, (0.5, 0.4, 0.3), [0.2, 0.2, 0.3]),
-    "denormalize": lambda key, x: augment.denormalize(
-        x.astype(jnp.bfloat16), np.full(3, 0.5), 1
-    ),
+    "denormalize": lambda key, x: augment.denormalize(x, np.full(3, 0.5), 1),
     "jitter": lambda key, x: augment.color_jitter(key, x, **JITTER, probability=0.8),
     "random_grayscale": lambda key, x: augment.random_grayscale(
         key, x, probability=np.array(0.5)
