@@ -170,7 +170,9 @@ def cases() -> dict[str, Case]:
     images = np.random.default_rng(6).random((COUNT, HEIGHT, WIDTH, 3), np.float32)
     for name, operation in OPERATIONS.items():
         call = functools.partial(operation, jax.random.key(0))
-        share = 0.0 if "bfloat16" in name else 0.97
+        # A clipped pixel of a crop is a mixture of many.
+        share = 0.8 if "views" in name else 0.97
+        share = 0.0 if "bfloat16" in name else share
         made[f"augment.{name}"] = Case(call, (images,), 1, (0,), differences=share)
     return made
 
