@@ -9,9 +9,9 @@ import pytest
 
 import jemjax
 from jemjax.data import ArraySource
-from jemjax.training.features import Embedded, Examples, Made
-from jemjax.training.measure import _write_clusters
-from jemjax.training.metrics import Display
+from jemjax.training.reporting.display import Display
+from jemjax.training.run.embedder import Embedded, Examples, Made
+from jemjax.training.run.protocols import _write_clusters
 
 PACKAGE = pathlib.Path(jemjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -125,7 +125,7 @@ class Peer:
 
     def __init__(self, options: Options, folder: Path):
         from jemjax.data import in_memory, spread
-        from jemjax.training.inputs import open_part
+        from jemjax.training.run.inputs import open_part
 
         assert options.peers is not None
         self.options, self.folder = options, folder
@@ -147,7 +147,8 @@ class Peer:
 
     def _config(self, seed: int, steps: int):
         from jemjax.methods import METHODS
-        from jemjax.training.config import PretrainConfig, from_toml
+        from jemjax.training.config.options import PretrainConfig
+        from jemjax.training.config.toml import from_toml
 
         default = PretrainConfig(method=METHODS[self.options.method]())
         if self.options.config is not None:
@@ -162,8 +163,8 @@ class Peer:
 
         from jemjax.methods import Clock
         from jemjax.models import ResNet
-        from jemjax.training.config import resolve
-        from jemjax.training.run import build
+        from jemjax.training.config.resolve import resolve
+        from jemjax.training.run.setup import build
 
         config = resolve(self._config(seed, steps), self.train)
         run = build(config, self.train)
@@ -254,8 +255,8 @@ class Peer:
 
     def run(self, seed: int, steps: int, timed: bool = False) -> dict[str, Any]:
         """A training in the peers' environment, and its measurements."""
-        from jemjax.training.features import Embedded, Made
-        from jemjax.training.measure import measure_knn, measure_protocols
+        from jemjax.training.run.embedder import Embedded, Made
+        from jemjax.training.run.protocols import measure_knn, measure_protocols
 
         spec = self.spec(seed, steps)
         if timed:

@@ -29,7 +29,7 @@ from jemjax.methods import (
     SwAV,
 )
 from jemjax.models import MaskedTokens, Outputs
-from jemjax.training.loop import advice
+from jemjax.training.run.pretrain import advice
 
 
 def test_the_command_line_knows_every_method():

@@ -20,8 +20,8 @@ from training.setups import (
 from jemjax.augment import MaskRecipe
 from jemjax.methods import METHODS
 from jemjax.models import MaskedTokens
-from jemjax.training.config import ViewOptions
-from jemjax.training.step import Branches, Statistics
+from jemjax.training.config.options import ViewOptions
+from jemjax.training.step.branch import Branches, Statistics
 
 EVERY = every_method()
 # data2vec's network is of another kind: patches, not embeddings.

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jemjax.models.convolution import convolve
-from jemjax.training.mesh import batch_sharding, make_mesh, replicated
+from jemjax.training.step.sharding import batch_sharding, make_mesh, replicated
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Images, features, kernel, stride; with those of the first, products on CPUs.

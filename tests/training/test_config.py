@@ -14,9 +14,11 @@ from jemjax.augment.recipes import PARTS
 from jemjax.data import ArraySource, Crop, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS
-from jemjax.training.config import PretrainConfig, from_toml, resolve, to_toml
-from jemjax.training.inputs import check_test
-from jemjax.training.run import build
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import resolve
+from jemjax.training.config.toml import from_toml, to_toml
+from jemjax.training.run.inputs import check_test
+from jemjax.training.run.setup import build
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,21 @@ from jemjax.cli import main
 from jemjax.data import batches, open_data
 from jemjax.methods import METHODS
 from jemjax.runtime import quick_compilation
-from jemjax.training.config import ViewOptions, resolve
-from jemjax.training.mesh import make_mesh
-from jemjax.training.picture import BACKGROUND, GRAY, Row, draw, enlarge, fit_in, hide
-from jemjax.training.preview import PreviewConfig, preview, see
-from jemjax.training.run import build
-from jemjax.training.step import Branches
+from jemjax.training.config.options import ViewOptions
+from jemjax.training.config.resolve import resolve
+from jemjax.training.inspect.contact_sheet import (
+    BACKGROUND,
+    GRAY,
+    Row,
+    draw,
+    enlarge,
+    fit_in,
+    hide,
+)
+from jemjax.training.inspect.preview import PreviewConfig, preview, see
+from jemjax.training.run.setup import build
+from jemjax.training.step.branch import Branches
+from jemjax.training.step.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,17 @@ from jemjax.cli import METHOD_NAMES, main
 from jemjax.data import open_data
 from jemjax.errors import DataError, UserError
 from jemjax.methods import DINO, VICReg
-from jemjax.training import duration, loop
-from jemjax.training.config import (
-    PretrainConfig,
-    resolve,
-    to_toml,
-    with_given_length,
-)
-from jemjax.training.mesh import make_mesh
-from jemjax.training.metrics import Display, MetricsFile, read_metrics, replacing
-from jemjax.training.output import check_folder, load_config
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import resolve, with_given_length
+from jemjax.training.config.toml import to_toml
+from jemjax.training.reporting.display import Display
+from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
+from jemjax.training.run import duration
+from jemjax.training.run import pretrain as loop
+from jemjax.training.step.sharding import make_mesh
+from jemjax.training.storage.files import replacing
+from jemjax.training.storage.folder import check_folder
+from jemjax.training.storage.provenance import load_config
 
 # A network and a run so small that compilation is most of the time.
 TINY = [
@@ -126,7 +127,7 @@ def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
 
 def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     one_device = functools.partial(make_mesh, 1)
-    monkeypatch.setattr("jemjax.training.run.make_mesh", one_device)
+    monkeypatch.setattr("jemjax.training.run.setup.make_mesh", one_device)
     timed = duration._seconds_of_a_step
 
     def a_twentieth(run, source):
@@ -476,10 +477,10 @@ def test_a_start_that_failed_does_not_lock_its_folder(tmp_path):
     assert os.listdir(tmp_path) == []
     for name in ("config.tmp", ".jemjax-hosts", ".jemjax-lock"):  # it was killed
         (tmp_path / name).touch()
-    check_folder(PretrainConfig(VICReg()), tmp_path)
+    check_folder(tmp_path, resume=False, overwrite=False)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files"):
-        check_folder(PretrainConfig(VICReg()), tmp_path)
+        check_folder(tmp_path, resume=False, overwrite=False)
 
 
 def test_metrics_are_rewound_to_the_restored_step(tmp_path):

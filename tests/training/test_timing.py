@@ -5,7 +5,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from jemjax.training.timing import StepClock, describe
+from jemjax.training.reporting.timing import StepClock, describe
 
 
 def test_what_is_not_a_step_is_named_and_no_part_of_one():

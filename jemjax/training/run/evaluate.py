@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from jemjax.errors import CheckpointError
-from jemjax.training.checkpoints import Checkpoints
-from jemjax.training.features import Embedder, choose_examples
-from jemjax.training.hosts import connect, end_on_sigterm, is_first, together
-from jemjax.training.inputs import check_test, open_part, read
-from jemjax.training.measure import measure
-from jemjax.training.metrics import Display, write_json
-from jemjax.training.output import load_config
-from jemjax.training.run import rebuild
+from jemjax.training.process.distributed import (
+    connect,
+    end_on_sigterm,
+    is_first,
+    together,
+)
+from jemjax.training.reporting.display import Display
+from jemjax.training.run.embedder import Embedder, choose_examples
+from jemjax.training.run.inputs import check_test, open_part, read
+from jemjax.training.run.protocols import measure
+from jemjax.training.run.setup import rebuild
+from jemjax.training.storage.checkpoints import Checkpoints
+from jemjax.training.storage.files import write_json
+from jemjax.training.storage.provenance import load_config
 
 
 def evaluate(

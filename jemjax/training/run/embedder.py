@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from jemjax.augment import ViewRecipe, evaluation_view
 from jemjax.data import Source, spread
 from jemjax.methods import Method
-from jemjax.training.mesh import batch_sharding, replicated
-from jemjax.training.state import TrainState
+from jemjax.training.step.sharding import batch_sharding, replicated
+from jemjax.training.step.state import TrainState
 
 BATCH_SIZE = 512
 # Threads that decode images, each a batch ahead.

@@ -1,14 +1,8 @@
-"""What a run tells: metrics.jsonl for programs, one progress bar for people."""
+"""What a run tells people: one progress bar, or plain lines."""
 
-import contextlib
-import io
-import json
-import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,106 +16,6 @@ from rich.progress import (
 from rich.table import Table
 
 from jemjax.errors import printable, printable_lines
-
-
-class MetricsFile:
-    """`metrics.jsonl`: a line for each logged step, in order, each step once.
-
-    A line is a JSON object: "step", and figures by name. One that is not finite, as the
-    loss of a skipped step may be, is null.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        first_step: int,
-        say: Callable[[str], None] = print,
-    ):
-        """Opens the file, and removes lines of `first_step` and after.
-
-        Those are of a run that was interrupted after its last checkpoint, and is now
-        resumed from it; a last line that is cut off goes too. Without a path nothing
-        is written.
-        """
-        self._file: io.FileIO | None = None
-        self._say, self._told, self._waiting = say, False, b""
-        if path is None:
-            return
-        kept = [row for row in read_metrics(path) if row["step"] < first_step]
-        with replacing(path) as file:
-            file.writelines(_json(row) + "\n" for row in kept)
-        self._file = path.open("ab", buffering=0)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one line; where the disk is full it waits for the next."""
-        if self._file:
-            self._waiting += _json(row).encode() + b"\n"
-            self._append()
-
-    def _append(self) -> None:
-        assert self._file
-        try:
-            while self._waiting:
-                written = self._file.write(self._waiting)
-                self._waiting = self._waiting[written:]
-        except OSError as error:
-            if not self._told:
-                self._told = True
-                self._say(
-                    f"WARNING: {self._file.name}: cannot be written ({error.strerror});"
-                    " its lines are kept until it can"
-                )
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file:
-            self._append()
-            self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, without a last line that a kill cut off."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file at once: a reader sees the old one or the new one."""
-    with replacing(path) as file:
-        file.write(_json(value, indent=2) + "\n")
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON, which programs in any language read."""
-    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
-
-
-def _without_nan(value: Any) -> Any:
-    """None for numbers that are not finite: JSON has no name for them."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A file to write, which takes the place of `path` once it is complete."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Display:

@@ -5,8 +5,9 @@ from typing import Literal
 
 from jemjax.data import Source, in_memory, open_data
 from jemjax.errors import DataError, UserError
-from jemjax.training.config import PretrainConfig, problems_without_data
-from jemjax.training.metrics import Display
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import problems_without_data
+from jemjax.training.reporting.display import Display
 
 
 def open_source(

@@ -25,16 +25,16 @@ from jemjax.evaluation import (
     prototype_usage,
     rankme,
 )
-from jemjax.training.features import (
+from jemjax.training.process.distributed import is_first, together
+from jemjax.training.run.embedder import (
     Embedded,
     Embedder,
     Examples,
     embed_examples,
     make_pixels,
 )
-from jemjax.training.hosts import is_first, together
-from jemjax.training.metrics import replacing
-from jemjax.training.state import TrainState
+from jemjax.training.step.state import TrainState
+from jemjax.training.storage.files import replacing
 
 # Labelled images a class where labels are few.
 FEW_LABELS = 10

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jemjax.training.state import TrainState
+from jemjax.training.step.state import TrainState
 
 # The axes over which a batch is sharded: all of them.
 BATCH_AXES = ("data", "fsdp")

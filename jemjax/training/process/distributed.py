@@ -30,9 +30,6 @@ _COUNTS = (_COUNT, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Seconds after which somebody who waits for other hosts is told so.
 PATIENCE = 10
 
-# A file by which hosts see that they share a folder.
-HOSTS_NAME = ".jemjax-hosts"
-
 
 class CommonError(UserError):
     """An error that all hosts stop with, and that the first one tells."""
@@ -128,11 +125,17 @@ def end_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def require_shared(folder: Path) -> None:
-    """Stops all hosts where one does not see what the first writes into a folder."""
+def require_shared(mark: Path) -> None:
+    """Stops all hosts where one does not see a file that the first writes.
+
+    Args:
+        mark: the file, in the folder of the run; it goes again.
+
+    Raises:
+        UserError: as in `together`.
+    """
     if jax.process_count() == 1:
         return
-    mark = folder / HOSTS_NAME
     with together():
         if is_first():
             mark.write_text(uuid.uuid4().hex)
@@ -141,7 +144,7 @@ def require_shared(folder: Path) -> None:
         with together():
             if not mark.exists() or mark.read_text() != written:
                 raise UserError(
-                    f"--output {folder}: the first host's files are not seen here;"
+                    f"--output {mark.parent}: the first host's files are not seen here;"
                     " expected a folder that all hosts share"
                 )
     finally:

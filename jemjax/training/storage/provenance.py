@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ import orbax.checkpoint
 from jemjax import __version__
 from jemjax.data import Source
 from jemjax.errors import CheckpointDamaged, UserError
-from jemjax.training import stored
-from jemjax.training.config import PretrainConfig, to_toml
+from jemjax.methods import METHODS
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.toml import from_toml, method_name_of, to_toml
+from jemjax.training.storage import manifest
+from jemjax.training.storage.files import replacing
+from jemjax.training.storage.folder import writing
 
 # How a run was started, not what it is.
 COMMAND = {
@@ -140,7 +144,7 @@ def compare(folder: Path, now: Mapping[str, Any], allowed: Iterable[str]) -> lis
             + "give the same settings, choose another --output, or go on with other"
             f" numbers by --allow-change {' '.join(keys)}"
         )
-    step = max(stored.saved_steps(folder / "checkpoints"), default=0)
+    step = max(manifest.saved_steps(folder / "checkpoints"), default=0)
     if now["steps"] < step:
         raise UserError(
             f"--steps: got {now['steps']}, but the run in {folder} has done {step}"
@@ -155,9 +159,9 @@ def _covers(key: str, name: str) -> bool:
 def _describe_folder(folder: Path) -> dict[str, Any]:
     """What the newest checkpoint says of the run; its file, where there is none."""
     checkpoints = folder / "checkpoints"
-    for step in reversed(stored.saved_steps(checkpoints)):
+    for step in reversed(manifest.saved_steps(checkpoints)):
         try:
-            return stored.read_manifest(checkpoints / str(step)).about
+            return manifest.read_manifest(checkpoints / str(step)).about
         except (CheckpointDamaged, OSError):
             continue  # it is told when it would be restored
     path = folder / "config.toml"
@@ -171,3 +175,60 @@ def _show(value: Any) -> str:
     if value is None:
         return "nothing"
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def compare_folder(
+    config: PretrainConfig,
+    folder: Path,
+    about: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Compares this run with the one that the folder holds, if that goes on."""
+    if (folder / "config.toml").exists() and not config.overwrite:
+        differences = compare(folder, about, config.allow_change)
+        if differences:
+            say(f"WARNING: {folder} was begun otherwise; other numbers follow:")
+        for line in differences:
+            say(f"  {line}")
+
+
+def write_config(config: PretrainConfig, folder: Path) -> None:
+    """Writes config.toml, unless it says this already."""
+    path, text = folder / "config.toml", to_toml(dataclasses.replace(config, **COMMAND))
+    with writing(folder):
+        if path.exists() and path.read_bytes() == text.encode():
+            return
+        with replacing(path) as file:
+            file.write(text)
+
+
+def load_config(folder: Path) -> PretrainConfig:
+    """The configuration of the run in a folder."""
+    path = folder / "config.toml"
+    if not path.exists():
+        raise UserError(f"{folder}: holds no run (no config.toml)")
+    name = method_name_of(path)
+    if name not in METHODS:
+        raise UserError(
+            f"{path}: unknown method {name!r}, expected {', '.join(METHODS)}"
+        )
+    config = from_toml(path, PretrainConfig(method=METHODS[name]()))
+    _check_complete(config, path)
+    return config
+
+
+def _check_complete(config: PretrainConfig, path: Path) -> None:
+    """Refuses a file of an earlier version, which lacks what a method now needs."""
+    size, batch_size = config.image_size, config.batch_size
+    if not size or not batch_size:  # not written by a run, which resolves them
+        return
+    resolved = config.method.resolve(size, batch_size, batch_size)
+    for field in dataclasses.fields(resolved):
+        if getattr(config.method, field.name) is None:
+            needed = getattr(resolved, field.name)
+            if needed is not None:
+                raise UserError(
+                    f"{path}: lacks method.{field.name}, which this version needs; add"
+                    f" it as the run was begun (now it would be {needed!r}), or use the"
+                    " version that began the run"
+                )

@@ -12,10 +12,11 @@ import jax
 
 from jemjax.data import Source
 from jemjax.errors import UserError
-from jemjax.training.config import PretrainConfig, default_output, resolve
-from jemjax.training.hosts import is_first, of_first
-from jemjax.training.output import load_config
-from jemjax.training.run import Run, build
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import default_output, resolve
+from jemjax.training.process.distributed import is_first, of_first
+from jemjax.training.run.setup import Setup, build
+from jemjax.training.storage.provenance import load_config
 
 # Steps that are taken before any is timed: the first compiles, and batches that were
 # made meanwhile are used up.
@@ -44,11 +45,11 @@ def as_begun(config: PretrainConfig, say: Callable[[str], None]) -> PretrainConf
 
 def with_steps_that_fit(
     config: PretrainConfig,
-    run: Run,
+    run: Setup,
     source: Source,
     monitor: Callable[[], object],
     say: Callable[[str], None],
-) -> Run:
+) -> Setup:
     """Times steps and a measurement, and builds the run of as many as fit.
 
     Args:
@@ -83,7 +84,7 @@ def with_steps_that_fit(
     return build(resolve(chosen, source, num_devices=jax.device_count()), source)
 
 
-def _seconds_of_a_step(run: Run, source: Source) -> float:
+def _seconds_of_a_step(run: Setup, source: Source) -> float:
     """Of real batches, as the loop takes them, from a state that is then dropped."""
     stream = run.batches(source)
     try:

@@ -19,18 +19,15 @@ from jemjax.data import EncodedSource, Source, batches, open_data, read_image
 from jemjax.errors import UserError, printable
 from jemjax.methods import Method
 from jemjax.runtime import quick_compilation
-from jemjax.training.config import (
-    InputConfig,
-    PretrainConfig,
-    crops_of,
-    describe_data,
-    describe_views,
-    resolve,
-)
-from jemjax.training.metrics import Display
-from jemjax.training.picture import Row, draw, enlarge, fit_in, hide
-from jemjax.training.state import keys_of_run
-from jemjax.training.step import Branches, Images, keys_of_step
+from jemjax.training.config.options import InputConfig, PretrainConfig
+from jemjax.training.config.resolve import resolve
+from jemjax.training.inspect.contact_sheet import Row, draw, enlarge, fit_in, hide
+from jemjax.training.reporting.display import Display
+from jemjax.training.run.header import describe_data, describe_views
+from jemjax.training.run.setup import crops_of
+from jemjax.training.step.branch import Branches, Images
+from jemjax.training.step.loss import keys_of_step
+from jemjax.training.step.state import keys_of_run
 
 # Views are enlarged by the largest whole number that leaves them no larger than this.
 ENLARGED = 128  # pixels

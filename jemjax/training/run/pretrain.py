@@ -15,17 +15,10 @@ from jemjax.data import Source
 from jemjax.errors import CheckpointError, UserError
 from jemjax.methods import Method
 from jemjax.runtime import make_deterministic
-from jemjax.training.checkpoints import Checkpoints, fingerprint
-from jemjax.training.config import PretrainConfig, resolve, to_toml
-from jemjax.training.duration import as_begun, with_steps_that_fit
-from jemjax.training.features import (
-    Embedder,
-    Examples,
-    choose_examples,
-    embed_examples,
-)
-from jemjax.training.header import header
-from jemjax.training.hosts import (
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import resolve
+from jemjax.training.config.toml import to_toml
+from jemjax.training.process.distributed import (
     connect,
     end_on_sigterm,
     is_first,
@@ -34,24 +27,39 @@ from jemjax.training.hosts import (
     stop,
     together,
 )
-from jemjax.training.inputs import check_test, open_first, open_part, read
-from jemjax.training.lock import locked
-from jemjax.training.loss_watch import LossWatch
-from jemjax.training.measure import measure, measure_collapse, measure_knn
-from jemjax.training.metrics import Display, MetricsFile, read_metrics, write_json
-from jemjax.training.output import (
+from jemjax.training.process.signals import Signals
+from jemjax.training.reporting.display import Display
+from jemjax.training.reporting.loss_watch import LossWatch
+from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
+from jemjax.training.reporting.timing import StepClock, describe
+from jemjax.training.run.duration import as_begun, with_steps_that_fit
+from jemjax.training.run.embedder import (
+    Embedder,
+    Examples,
+    choose_examples,
+    embed_examples,
+)
+from jemjax.training.run.header import header
+from jemjax.training.run.inputs import check_test, open_first, open_part, read
+from jemjax.training.run.protocols import measure, measure_collapse, measure_knn
+from jemjax.training.run.setup import Setup, build
+from jemjax.training.step.state import TrainState
+from jemjax.training.storage.checkpoints import Checkpoints, fingerprint
+from jemjax.training.storage.files import write_json
+from jemjax.training.storage.folder import (
+    HOSTS_NAME,
     check_folder,
-    compare_folder,
     empty_folder,
+    locked,
     made,
+)
+from jemjax.training.storage.provenance import (
+    compare_folder,
+    describe_run,
+    versions,
     write_config,
 )
-from jemjax.training.resuming import describe_run, versions
-from jemjax.training.run import Run, build
-from jemjax.training.signals import Signals
-from jemjax.training.skipped import SkippedSteps
-from jemjax.training.state import TrainState
-from jemjax.training.timing import StepClock, describe
+from jemjax.training.storage.skipped_steps import SkippedSteps
 
 
 def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str, Any]:
@@ -88,11 +96,11 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     with contextlib.ExitStack() as held:
         with together():
             if is_first():
-                check_folder(config, folder)
+                check_folder(folder, resume=config.resume, overwrite=config.overwrite)
                 held.enter_context(made(folder))
                 held.enter_context(locked(folder))
-                compare_folder(config, folder, about, display)
-        require_shared(folder)
+                compare_folder(config, folder, about, display.say)
+        require_shared(folder / HOSTS_NAME)
         # All that can be refused is: images are decoded now.
         with together(), explaining_memory(config):
             source, test = read(source, display), read(test, display)
@@ -116,7 +124,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
 
 
 def _run(
-    run: Run,
+    run: Setup,
     source: Source,
     test: Source,
     folder: Path,
@@ -222,7 +230,7 @@ def explaining_memory(config: PretrainConfig) -> Iterator[None]:
 
 
 def _train(
-    run: Run,
+    run: Setup,
     source: Source,
     test: Source,
     state: TrainState,

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import jax
 
+from jemjax.augment import ViewRecipe
 from jemjax.data import Source
 from jemjax.runtime import idle_accelerator, settings
-from jemjax.training.config import describe_data, describe_views
-from jemjax.training.run import Run
+from jemjax.training.config.options import InputConfig
+from jemjax.training.run.setup import Setup
 
 
 def _count_unreadable(source: Source, test: Source) -> str:
@@ -15,7 +16,7 @@ def _count_unreadable(source: Source, test: Source) -> str:
     return f"{len(source.unreadable):,} images, {len(test.unreadable):,} test images"
 
 
-def header(run: Run, source: Source, test: Source) -> Iterator[tuple[str, str]]:
+def header(run: Setup, source: Source, test: Source) -> Iterator[tuple[str, str]]:
     """What a run is made of, as names and texts."""
     config = run.config
     assert config.steps
@@ -54,3 +55,21 @@ def header(run: Run, source: Source, test: Source) -> Iterator[tuple[str, str]]:
         yield "", idle
     yield "settings", settings()
     yield "output", str(config.output)
+
+
+def describe_data(config: InputConfig, source: Source) -> str:
+    """The data in a line, for people."""
+    height, width, channels = source.image_shape
+    shape = f"{height} x {width} x {channels}"
+    if source.sizes_differ:
+        shape = f"several sizes, measured at {shape}"
+    classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
+    return f"{config.data}: {len(source):,} images of {shape}, {classes}"
+
+
+def describe_views(recipe: ViewRecipe, source: Source) -> Iterator[tuple[str, str]]:
+    """The views in lines, for people, the first with a name."""
+    for number, line in enumerate(str(recipe).splitlines()):
+        yield ("views" if number == 0 else ""), line
+    if source.sizes_differ:
+        yield "", "crops made by the loader, of full images; the rest on the device"

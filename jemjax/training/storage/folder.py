@@ -1,9 +1,10 @@
-"""One run a folder: who writes into it holds its lock."""
+"""The folder of a run: whose it is, and who writes into it. This imports no jax."""
 
 import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -11,7 +12,74 @@ from pathlib import Path
 
 from jemjax.errors import UserError
 
+# A file by which the one process that writes into a folder is known.
 LOCK_NAME = ".jemjax-lock"
+# A file by which hosts see that they share a folder.
+HOSTS_NAME = ".jemjax-hosts"
+# What a run that was killed before it had its configuration may have left.
+_BEFORE_A_RUN = {LOCK_NAME, HOSTS_NAME, "config.tmp"}
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that is not a run's, or that holds a run that is to stay.
+
+    Args:
+        folder: of the run.
+        resume: whether a run that it holds is continued.
+        overwrite: whether a run that it holds is deleted.
+
+    Raises:
+        UserError: saying what to do.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file, expected a folder")
+    used = (folder / "config.toml").exists()
+    if not used and folder.exists() and {*os.listdir(folder)} - _BEFORE_A_RUN:
+        raise UserError(
+            f"--output {folder}: holds files that are not of a run; choose another"
+            " folder"
+        )
+    if used and not (overwrite or resume):
+        raise UserError(
+            f"--output {folder}: holds a run; continue it with --resume, delete it"
+            " with --overwrite, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder, which goes again if it was made here and nothing stays in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in missing:
+                path.rmdir()
+
+
+def empty_folder(folder: Path) -> None:
+    """Deletes all that a folder holds but its lock."""
+    with writing(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says what to do where a folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be written ({error.strerror}); choose another"
+            " folder"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -19,20 +19,21 @@ from jemjax.data.pipeline import Batches
 from jemjax.errors import UserError
 from jemjax.methods import Optimization
 from jemjax.runtime import quick_compilation
-from jemjax.training.config import PretrainConfig, crops_of
-from jemjax.training.mesh import (
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.step.branch import Images
+from jemjax.training.step.optimizers import make_optimizer
+from jemjax.training.step.sharding import (
     batch_sharding,
     make_mesh,
     shaped,
     state_sharding,
     to_devices,
 )
-from jemjax.training.optimizers import make_optimizer
-from jemjax.training.state import TrainState, init_state
-from jemjax.training.step import Images, Step, make_train_step
+from jemjax.training.step.state import TrainState, init_state
+from jemjax.training.step.update import Step, make_train_step
 
 
-class Run(NamedTuple):
+class Setup(NamedTuple):
     """What a configuration stands for, built."""
 
     config: PretrainConfig
@@ -116,7 +117,16 @@ class Run(NamedTuple):
             raise UserError(f"{self.config.method.name}: {error}") from error
 
 
-def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Run:
+def crops_of(recipe: ViewRecipe, source: Source) -> tuple[Crop, ...]:
+    """What the loader makes of images of several sizes; else it gives the images."""
+    return tuple(
+        Crop(view.size, view.crop_scale, view.crop_ratio, view.interpolation)
+        for view in recipe.views
+        if source.sizes_differ
+    )
+
+
+def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> Setup:
     """Builds network, views and optimizer of a resolved configuration."""
     assert config.batch_size and config.steps
     try:
@@ -155,7 +165,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
         )
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{method.name}: {error}") from error
-    return Run(
+    return Setup(
         config,
         mesh,
         network,
@@ -169,7 +179,7 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> R
     )
 
 
-def rebuild(config: PretrainConfig, source: Source) -> Run:
+def rebuild(config: PretrainConfig, source: Source) -> Setup:
     """Builds a saved run, sharded as it was as far as the devices here allow it."""
     fsdp = math.gcd(config.fsdp, jax.device_count())
     return build(dataclasses.replace(config, fsdp=fsdp), source)

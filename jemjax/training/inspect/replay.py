@@ -12,15 +12,16 @@ from flax import linen as nn
 from jemjax.data import batches
 from jemjax.errors import UserError
 from jemjax.runtime import quick_compilation
-from jemjax.training.checkpoints import Checkpoints
-from jemjax.training.config import batch_problem
-from jemjax.training.inputs import open_source
-from jemjax.training.metrics import Display
-from jemjax.training.output import load_config
-from jemjax.training.run import Run, rebuild
-from jemjax.training.skipped import FOLDER, skipped_step
-from jemjax.training.state import TrainState
-from jemjax.training.step import Images, make_loss
+from jemjax.training.config.resolve import batch_problem
+from jemjax.training.reporting.display import Display
+from jemjax.training.run.inputs import open_source
+from jemjax.training.run.setup import Setup, rebuild
+from jemjax.training.step.branch import Images
+from jemjax.training.step.loss import make_loss
+from jemjax.training.step.state import TrainState
+from jemjax.training.storage.checkpoints import Checkpoints
+from jemjax.training.storage.provenance import load_config
+from jemjax.training.storage.skipped_steps import FOLDER, skipped_step
 
 # Of those that are not finite, so many are shown.
 SHOWN = 8
@@ -123,7 +124,7 @@ def replay(
 
 
 def _nearest(
-    run: Run, folder: Path, step: int, say: Callable[[str], None]
+    run: Setup, folder: Path, step: int, say: Callable[[str], None]
 ) -> tuple[TrainState, int]:
     """The last saved state that is not after a step, or that at the beginning."""
     state, found = run.init(), 0
@@ -136,7 +137,7 @@ def _nearest(
     return state, found
 
 
-def find(run: Run, state: TrainState, images: Images) -> list[Finding]:
+def find(run: Setup, state: TrainState, images: Images) -> list[Finding]:
     """What is not finite in a step: state, views, layers, terms, loss and gradient.
 
     Args:

@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 
 from jemjax.errors import DivergenceError, UserError
-from jemjax.training.checkpoints import Checkpoints
-from jemjax.training.config import PretrainConfig
-from jemjax.training.hosts import is_first, of_first, together
-from jemjax.training.metrics import write_json
-from jemjax.training.state import TrainState, all_finite
-from jemjax.training.stored import saved_steps, unfinished
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.process.distributed import is_first, of_first, together
+from jemjax.training.step.state import TrainState, all_finite
+from jemjax.training.storage.checkpoints import Checkpoints
+from jemjax.training.storage.files import write_json
+from jemjax.training.storage.manifest import saved_steps, unfinished
 
 # In a run's folder: a state from which the bad step is reached, and its number.
 FOLDER = "skipped"

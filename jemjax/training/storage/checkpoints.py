@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jemjax.errors import CheckpointDamaged, CheckpointError
-from jemjax.training import stored
-from jemjax.training.hosts import is_first, of_first, together
-from jemjax.training.state import TrainState
+from jemjax.training.process.distributed import is_first, of_first, together
+from jemjax.training.step.state import TrainState
+from jemjax.training.storage import manifest
 
 # Bytes of a data file, about: some are hashed while others are being written.
 FILE_SIZE = 32 * 2**20
@@ -71,7 +71,7 @@ class Checkpoints:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         if self._changes:
             self._folder.mkdir(exist_ok=True)
-            count, size = stored.remove_unfinished(self._folder)
+            count, size = manifest.remove_unfinished(self._folder)
             if count:
                 self._say(
                     f"removed {count} unfinished checkpoint(s): {_megabytes(size)} free"
@@ -147,20 +147,20 @@ class Checkpoints:
         )
 
         def commit() -> None:
-            digests = stored.Digests(self._folder, step) if self._changes else None
+            digests = manifest.Digests(self._folder, step) if self._changes else None
             try:
                 self._checkpointer.wait_until_finished()
             finally:
                 if digests:
                     digests.stop()
             if digests:
-                stored.finish(self._folder, step, self._about, leaves, digests)
+                manifest.finish(self._folder, step, self._about, leaves, digests)
                 with contextlib.suppress(OSError):  # this one is committed
                     self._remove_old(keep=KEPT)
 
         try:
             self._make_room()
-            self._checkpointer.save(stored.unfinished(self._folder, step), arguments)
+            self._checkpointer.save(manifest.unfinished(self._folder, step), arguments)
         except Exception as error:  # orbax has many
             self._saving = step, concurrent.futures.Future()
             self._saving[1].set_exception(error)
@@ -178,8 +178,8 @@ class Checkpoints:
             return None
         self._failures += 1
         if self._changes:  # what it has left keeps a full disk full
-            stored.remove_unfinished(self._folder)
-        saved = [str(step) for step in stored.saved_steps(self._folder)]
+            manifest.remove_unfinished(self._folder)
+        saved = [str(step) for step in manifest.saved_steps(self._folder)]
         failed = CheckpointError(
             f"checkpoint {step} could not be saved in {self._folder} ({_reason(error)},"
             f" {_megabytes(self._free())} free); saved are:"
@@ -192,8 +192,8 @@ class Checkpoints:
     def _make_room(self) -> None:
         """Deletes all but the newest where another would not fit, if that helps."""
         sizes = [
-            stored.folder_size(self._folder / str(step))
-            for step in stored.saved_steps(self._folder)
+            manifest.folder_size(self._folder / str(step))
+            for step in manifest.saved_steps(self._folder)
         ]
         needed = sizes[-1] + sizes[-1] // 20 if sizes else 0
         if not self._changes or self._free() >= needed:
@@ -208,8 +208,8 @@ class Checkpoints:
         return 0
 
     def _remove_old(self, keep: int) -> None:
-        for step in stored.saved_steps(self._folder)[:-keep]:
-            stored.remove(self._folder / str(step))
+        for step in manifest.saved_steps(self._folder)[:-keep]:
+            manifest.remove(self._folder / str(step))
 
     def preempted(self, step: int) -> bool:
         """Whether this step is to be the last, since a host has been sent SIGTERM.
@@ -257,18 +257,18 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {chosen} in {self._folder} is whole, but orbax"
                 f" {ocp.__version__} cannot restore it ({_reason(error)}): use the"
-                f" versions that its {stored.MANIFEST} names"
+                f" versions that its {manifest.MANIFEST} names"
             ) from error
         self._step = int(chosen)
         return restored["state"]
 
     def _newest_whole(self, like: TrainState, until: int | None) -> int | None:
         problem = None
-        for step in reversed(stored.saved_steps(self._folder)):
+        for step in reversed(manifest.saved_steps(self._folder)):
             if until is not None and step > until:
                 continue
             try:
-                manifest = stored.verify(self._folder / str(step))
+                found = manifest.verify(self._folder / str(step))
             except CheckpointDamaged as error:
                 if not (self._folder / str(step)).exists():
                     # A run has just replaced it by a newer one.
@@ -287,11 +287,11 @@ class Checkpoints:
                     f" ({_reason(error)})"
                 ) from error
             else:
-                _require_same_leaves(self._folder / str(step), manifest.leaves, like)
+                _require_same_leaves(self._folder / str(step), found.leaves, like)
                 return step
         if until is not None:  # for `replay`, which can begin at the start, too
             return None
-        aside = stored.set_aside_before(self._folder)
+        aside = manifest.set_aside_before(self._folder)
         if problem or aside:
             raise CheckpointError(
                 f"no checkpoint in {self._folder} is whole"
@@ -304,7 +304,7 @@ class Checkpoints:
         place = "it is not used"
         if self._changes:
             try:
-                place = f"set aside as {stored.set_aside(self._folder, step).name}"
+                place = f"set aside as {manifest.set_aside(self._folder, step).name}"
             except OSError as error:
                 place = f"it is not used, nor set aside ({_reason(error)})"
         self._say(f"WARNING: {problem}; {place}")
