@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from jemjax.data.headers import Survey, check_share, spread
 from jemjax.data.images import Reading, UnreadableImage, read_image
-from jemjax.data.survey import Survey, check_share, spread
 from jemjax.errors import DataError
 
 T = TypeVar("T")
