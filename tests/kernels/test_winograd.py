@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jemjax.models.convolution import convolve
+from jemjax._kernels.winograd import convolve
 from jemjax.training.step.sharding import batch_sharding, make_mesh, replicated
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")

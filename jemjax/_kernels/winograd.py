@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jemjax._kernels.fusion import computed_once
+
 Matrix = tuple[tuple[float, ...], ...]
 Grid = list[list[jax.Array]]
 
@@ -60,51 +62,47 @@ def convolve(
     assert options.pop("feature_group_count", 1) == 1
     strides, padding = tuple(window_strides), tuple(map(tuple, padding))
     if not images.dtype == kernel.dtype == jnp.float32:
-        return _plain(images, kernel, strides, padding)
+        return plain(images, kernel, strides, padding)
     return _convolve(images, kernel, strides, padding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(images, kernel, strides, padding):
-    plain = partial(_plain, strides=strides, padding=padding)
-    on_cpu = _winograd if _fits(images, kernel, strides, padding) else plain
-    return lax.platform_dependent(images, kernel, cpu=on_cpu, default=plain)
+    direct = partial(plain, strides=strides, padding=padding)
+    on_cpu = _winograd if _fits(images, kernel, strides, padding) else direct
+    return lax.platform_dependent(images, kernel, cpu=on_cpu, default=direct)
 
 
 def _forward(images, kernel, strides, padding):
-    images = _computed_once(images)
+    images = computed_once(images)
     return _convolve(images, kernel, strides, padding), (images, kernel)
 
 
 def _backward(strides, padding, saved, gradient):
     images, kernel = saved
 
-    def plain(images, kernel, gradient):
-        convolution = partial(_plain, strides=strides, padding=padding)
+    def direct(images, kernel, gradient):
+        convolution = partial(plain, strides=strides, padding=padding)
         return jax.vjp(convolution, images, kernel)[1](gradient)
 
     fits = _fits(images, kernel, strides, padding)
     return lax.platform_dependent(
         images,
         kernel,
-        _computed_once(gradient),
-        cpu=_winograd_gradients if fits else plain,
-        default=plain,
+        computed_once(gradient),
+        cpu=_winograd_gradients if fits else direct,
+        default=direct,
     )
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _plain(images, kernel, strides, padding):
+def plain(images, kernel, strides, padding):
+    """The reference: what `convolve` computes, by XLA."""
     return lax.conv_general_dilated(
         images, kernel, strides, padding, dimension_numbers=_LAYOUT
     )
-
-
-def _computed_once(x: jax.Array) -> jax.Array:
-    """On CPUs, XLA would compute x anew inside of each of its uses."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def _fits(images, kernel, strides, padding) -> bool:
