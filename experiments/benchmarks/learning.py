@@ -161,7 +161,7 @@ class Peer:
         """What a run of jemjax with these options does, in numbers and names."""
         import jax
 
-        from jemjax.methods import Clock
+        from jemjax.methods import Progress
         from jemjax.models import ResNet
         from jemjax.training.config.resolve import resolve
         from jemjax.training.run.setup import build
@@ -177,7 +177,7 @@ class Peer:
         momenta = None
         if method.target == "momentum":
             momenta = jax.vmap(
-                lambda step: method.momentum(Clock(step, run.steps_per_epoch, steps))
+                lambda step: method.momentum(Progress(step, run.steps_per_epoch, steps))
             )(np.arange(steps)).tolist()
         prototypes: Any = method.make_prototypes()
         return {
@@ -255,7 +255,7 @@ class Peer:
 
     def run(self, seed: int, steps: int, timed: bool = False) -> dict[str, Any]:
         """A training in the peers' environment, and its measurements."""
-        from jemjax.training.run.embedder import Embedded, Made
+        from jemjax.training.run.embedder import EmbeddedSet, EmbeddedSplit, Features
         from jemjax.training.run.protocols import measure_knn, measure_protocols
 
         spec = self.spec(seed, steps)
@@ -284,11 +284,9 @@ class Peer:
         with np.load(output.with_suffix(".npz")) as file:
             for name, suffix in (("trained", ""), ("untrained", "_untrained")):
                 train, test = np.split(file[name], [len(train_labels)])
-                embedded = Embedded(
-                    Made(train),
-                    train_labels,
-                    Made(test),
-                    test_labels,
+                embedded = EmbeddedSet(
+                    EmbeddedSplit(Features(train), train_labels),
+                    EmbeddedSplit(Features(test), test_labels),
                     self.train.num_classes,
                 )
                 row[f"knn{suffix}"] = measure_knn(embedded)

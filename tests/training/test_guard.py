@@ -240,10 +240,10 @@ def test_what_cannot_be_kept_for_replay_ends_no_run(
     def after(step):
         return state.replace(step=zero + step, skipped=Skipped(*[zero + step] * 3))
 
-    assert skipping.heed(1, after(1)) == 1
+    assert skipping.report_skipped(1, after(1)) == 1
     assert "not kept" in said[-1] and "No space left" in said[-1]
     with pytest.raises(DivergenceError, match="--max-skipped allows 2") as error:
-        skipping.heed(2, after(2))
+        skipping.report_skipped(2, after(2))
     assert error.value.exit_code == 4
 
 

@@ -67,7 +67,7 @@ class PreviewConfig(InputConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class Preview:
     """What a step makes of the first images of its batch."""
 
     originals: list[np.ndarray]
@@ -109,10 +109,10 @@ def preview(config: PreviewConfig, display: Display | None = None) -> Path:
         display.header(
             f"jemjax preview {run.method.name}", _header(run, branches, source)
         )
-        sight = see(run, branches, source, step=config.step, count=config.images)
+        shown = see(run, branches, source, step=config.step, count=config.images)
     except ValueError as error:  # argument, got, expected
         raise UserError(f"{run.method.name}: {error}") from error
-    picture = Image.fromarray(draw(*_layout(sight, branches.recipe, source)))
+    picture = Image.fromarray(draw(*_layout(shown, branches.recipe, source)))
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     try:
@@ -132,7 +132,7 @@ def preview(config: PreviewConfig, display: Display | None = None) -> Path:
 
 def see(
     run: PretrainConfig, branches: Branches, source: Source, *, step: int, count: int
-) -> Sight:
+) -> Preview:
     """What a run's step makes of the first images of its batch.
 
     Args:
@@ -185,7 +185,7 @@ def see(
 
     make = jax.jit(make, compiler_options=quick_compilation())
     views, masks = jax.device_get(make(jax.random.key(run.seed), step - 1, images))
-    return Sight(
+    return Preview(
         list(originals),
         batch["label"][:count],
         [np.round(pixels * 255).astype(np.uint8) for pixels in views],
@@ -223,7 +223,7 @@ def _header(run: PretrainConfig, branches: Branches, source: Source):
 
 
 def _layout(
-    sight: Sight, recipe: ViewRecipe, source: Source
+    shown: Preview, recipe: ViewRecipe, source: Source
 ) -> tuple[list[Row], list[str]]:
     """Rows of originals, views, and views with what is masked; headings of columns."""
     largest = max(view.size for view in recipe.views)
@@ -233,22 +233,22 @@ def _layout(
     if not source.sizes_differ:
         height, width, _ = source.image_shape
         label += f"\n{height} x {width}"
-    rows = [Row(label, [[fit_in(image, side)] for image in sight.originals])]
+    rows = [Row(label, [[fit_in(image, side)] for image in shown.originals])]
     for numbers in _lines(recipe):
         names = "views " if len(numbers) > 1 else "view "
         names += ", ".join(str(number + 1) for number in numbers)
         size = recipe.views[numbers[0]].size
-        views = [sight.views[number] for number in numbers]
+        views = [shown.views[number] for number in numbers]
         rows.append(_row(f"{names}\n{size} x {size}", views, factor))
-        if sight.masks.keys() >= set(numbers):
+        if shown.masks.keys() >= set(numbers):
             views = [
-                np.stack(list(map(hide, sight.views[number], sight.masks[number])))
+                np.stack(list(map(hide, shown.views[number], shown.masks[number])))
                 for number in numbers
             ]
             rows.append(_row(f"{names},\nmasked", views, factor))
     headings = [
         printable(source.class_names[label]) if label >= 0 else f"image {number}"
-        for number, label in enumerate(sight.labels.tolist(), 1)
+        for number, label in enumerate(shown.labels.tolist(), 1)
     ]
     return rows, headings
 

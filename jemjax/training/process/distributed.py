@@ -2,7 +2,7 @@
 
 A host that stops while others wait for it would leave them hanging. So what can fail on
 one of them, such as opening data, is done in a block that all of them leave alike
-(`together`), and a host that fails anywhere else leaves at once (`leaving_at_once`).
+(`all_hosts`), and a host that fails anywhere else leaves at once (`leaving_at_once`).
 """
 
 import contextlib
@@ -132,16 +132,16 @@ def require_shared(mark: Path) -> None:
         mark: the file, in the folder of the run; it goes again.
 
     Raises:
-        UserError: as in `together`.
+        UserError: as in `all_hosts`.
     """
     if jax.process_count() == 1:
         return
-    with together():
+    with all_hosts():
         if is_first():
             mark.write_text(uuid.uuid4().hex)
-    written = of_first(mark.read_text() if is_first() else "")
+    written = broadcast_from_first(mark.read_text() if is_first() else "")
     try:
-        with together():
+        with all_hosts():
             if not mark.exists() or mark.read_text() != written:
                 raise UserError(
                     f"--output {mark.parent}: the first host's files are not seen here;"
@@ -162,7 +162,7 @@ def gather(text: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
-def of_first(text: str) -> str:
+def broadcast_from_first(text: str) -> str:
     """What the first host gives, on all of them; each has to call it."""
     return gather(text)[0] if jax.process_count() > 1 else text
 
@@ -184,7 +184,7 @@ def stop(message: str, exit_code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def all_hosts() -> Iterator[None]:
     """A block that fails on all hosts if it fails on one; each has to enter it.
 
     Raises:

@@ -14,7 +14,7 @@ from jemjax.data import Source
 from jemjax.errors import UserError
 from jemjax.training.config.options import PretrainConfig
 from jemjax.training.config.resolve import default_output, resolve
-from jemjax.training.process.distributed import is_first, of_first
+from jemjax.training.process.distributed import broadcast_from_first, is_first
 from jemjax.training.run.setup import Setup, build
 from jemjax.training.storage.provenance import load_config
 
@@ -33,7 +33,7 @@ def as_begun(config: PretrainConfig, say: Callable[[str], None]) -> PretrainConf
     if is_first() and (folder / "config.toml").exists():
         with contextlib.suppress(UserError):  # which is told when the run is resumed
             begun = load_config(folder).steps or 0
-    begun = int(of_first(str(begun)))
+    begun = int(broadcast_from_first(str(begun)))
     if not begun:
         return config
     say(
@@ -78,7 +78,7 @@ def with_steps_that_fit(
             seconds -= 9 * measuring
         else:
             told += ", for which time comes on top (--eval-every 0 leaves them out)"
-    steps = int(of_first(str(max(1, round(seconds / per_step)))))
+    steps = int(broadcast_from_first(str(max(1, round(seconds / per_step)))))
     say(f"--minutes {config.minutes:g}: {told}, so {steps:,} steps")
     chosen = dataclasses.replace(config, minutes=None, steps=steps)
     return build(resolve(chosen, source, num_devices=jax.device_count()), source)
@@ -102,7 +102,8 @@ def _seconds_of_a_step(run: Setup, source: Source) -> float:
                 jax.block_until_ready(state)
                 seconds = time.monotonic() - began
                 # Hosts take a step together, so all of them take as many.
-                if of_first(str(seconds >= SECONDS or taken == TURNS[-1])) == "True":
+                enough = str(seconds >= SECONDS or taken == TURNS[-1])
+                if broadcast_from_first(enough) == "True":
                     return seconds / taken
     finally:
         stream.close()

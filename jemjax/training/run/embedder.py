@@ -26,7 +26,7 @@ READERS = 4
 KEPT_EMBEDDINGS = 10_000
 
 
-class Examples(NamedTuple):
+class EvalSet(NamedTuple):
     """Which images a measurement uses: the neighbors, and those that are asked about.
 
     They are read batch by batch when they are embedded, so that a large set of large
@@ -40,7 +40,7 @@ class Examples(NamedTuple):
     num_classes: int  # 0 where there are no labels to predict
 
 
-class Made(NamedTuple):
+class Features(NamedTuple):
     """What is made of n images; what an embedder does not make is None."""
 
     features: np.ndarray  # (n, F), what is kept of a network
@@ -48,22 +48,27 @@ class Made(NamedTuple):
     cluster: np.ndarray | None = None  # (n,) the prototype that an image falls in
 
 
-Embed = Callable[[np.ndarray], Made]
+Embed = Callable[[np.ndarray], Features]
 
 
-class Embedded(NamedTuple):
-    """What is made of a measurement's images, with their labels."""
+class EmbeddedSplit(NamedTuple):
+    """What is made of one split's images, with their labels."""
 
-    train: Made
-    train_labels: np.ndarray  # (N,)
-    test: Made
-    test_labels: np.ndarray  # (M,)
-    num_classes: int
+    made: Features
+    labels: np.ndarray  # (n,)
 
 
-def choose_examples(train: Source, test: Source, limit: int) -> Examples:
+class EmbeddedSet(NamedTuple):
+    """What is made of a measurement's images."""
+
+    train: EmbeddedSplit
+    test: EmbeddedSplit
+    num_classes: int  # 0 where there are no labels to predict
+
+
+def choose_examples(train: Source, test: Source, limit: int) -> EvalSet:
     """At most `limit` images of each of the two, evenly spread."""
-    return Examples(
+    return EvalSet(
         train,
         spread(len(train), limit),
         test,
@@ -72,7 +77,7 @@ def choose_examples(train: Source, test: Source, limit: int) -> Examples:
     )
 
 
-def embed_examples(examples: Examples, embed: Embed) -> Embedded:
+def embed_examples(examples: EvalSet, embed: Embed) -> EmbeddedSet:
     """Applies a function of (n, H, W, C) uint8 images to all images.
 
     Embeddings, which may be wide, are kept of a part of the test images only, evenly
@@ -88,12 +93,12 @@ def embed_examples(examples: Examples, embed: Embed) -> Embedded:
             parts.append(made)
             labels.append(batch["label"])
         made = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-        return made, np.concatenate(labels)
+        return EmbeddedSplit(made, np.concatenate(labels))
 
     stride = math.ceil(len(examples.test_indices) / KEPT_EMBEDDINGS)
-    return Embedded(
-        *embedded(examples.train, examples.train_indices, slice(0)),
-        *embedded(examples.test, examples.test_indices, slice(None, None, stride)),
+    return EmbeddedSet(
+        embedded(examples.train, examples.train_indices, slice(0)),
+        embedded(examples.test, examples.test_indices, slice(None, None, stride)),
         examples.num_classes,
     )
 
@@ -139,7 +144,7 @@ class Embedder:
 
         self._compiled = outputs
 
-    def embed(self, state: TrainState, images: np.ndarray) -> Made:
+    def embed(self, state: TrainState, images: np.ndarray) -> Features:
         """Makes features, embeddings and clusters.
 
         Args:
@@ -147,7 +152,7 @@ class Embedder:
             images: (n, H, W, C) uint8, at most a batch.
         """
         features, embedding, *scores = self._outputs(state, images)
-        return Made(features, embedding, *[np.argmax(s, axis=1) for s in scores])
+        return Features(features, embedding, *[np.argmax(s, axis=1) for s in scores])
 
     def scores(self, state: TrainState, images: np.ndarray) -> np.ndarray:
         """(n, H, W, C) uint8 images, any number -> (n, K) scores by the prototypes."""
@@ -177,4 +182,4 @@ def make_pixels(recipe: ViewRecipe) -> Embed:
     view = recipe.views[0]
     small = dataclasses.replace(view, size=min(view.size, 32))
     as_seen = jax.jit(lambda images: evaluation_view(images, ViewRecipe((small,))))
-    return lambda images: Made(np.asarray(as_seen(images)).reshape(len(images), -1))
+    return lambda images: Features(np.asarray(as_seen(images)).reshape(len(images), -1))

@@ -6,10 +6,10 @@ from typing import Any
 
 from jemjax.errors import CheckpointError
 from jemjax.training.process.distributed import (
+    all_hosts,
     connect,
     end_on_sigterm,
     is_first,
-    together,
 )
 from jemjax.training.reporting.display import Display
 from jemjax.training.run.embedder import Embedder, choose_examples
@@ -49,7 +49,7 @@ def evaluate(
     connect(multihost)
     end_on_sigterm()
     display = display or Display(quiet=not is_first())
-    with together():
+    with all_hosts():
         config = load_config(folder)
         if data_dir is not None:
             config = dataclasses.replace(config, data_dir=data_dir)
@@ -83,7 +83,7 @@ def evaluate(
             display.say,
         ),
     }
-    with together():
+    with all_hosts():
         if is_first():
             write_json(folder / "evaluation.json", results)
     display.results(results)

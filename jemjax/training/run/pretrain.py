@@ -19,13 +19,13 @@ from jemjax.training.config.options import PretrainConfig
 from jemjax.training.config.resolve import resolve
 from jemjax.training.config.toml import to_toml
 from jemjax.training.process.distributed import (
+    all_hosts,
     connect,
     end_on_sigterm,
     is_first,
     require_equal,
     require_shared,
     stop,
-    together,
 )
 from jemjax.training.process.signals import Signals
 from jemjax.training.reporting.display import Display
@@ -35,7 +35,7 @@ from jemjax.training.reporting.timing import StepClock, describe
 from jemjax.training.run.duration import as_begun, with_steps_that_fit
 from jemjax.training.run.embedder import (
     Embedder,
-    Examples,
+    EvalSet,
     choose_examples,
     embed_examples,
 )
@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         make_deterministic()
     connect(config.multihost)
     display = display or Display(quiet=not is_first())
-    with together():
+    with all_hosts():
         source = open_first(config)
         given = config = as_begun(config, display.say)
         config = resolve(config, source, num_devices=jax.device_count())
@@ -94,7 +94,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
     about = describe_run(config, source)
     require_equal(about["data_sha256"], f"--data {config.data}: differs between hosts")
     with contextlib.ExitStack() as held:
-        with together():
+        with all_hosts():
             if is_first():
                 check_folder(folder, resume=config.resume, overwrite=config.overwrite)
                 held.enter_context(made(folder))
@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
                 compare_folder(config, folder, about, display.say)
         require_shared(folder / HOSTS_NAME)
         # All that can be refused is: images are decoded now.
-        with together(), explaining_memory(config):
+        with all_hosts(), explaining_memory(config):
             source, test = read(source, display), read(test, display)
         if given.minutes:
             with explaining_memory(config):
@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
                 monitor = functools.partial(_monitor, embedder, examples, run.init())
                 run = with_steps_that_fit(given, run, source, monitor, display.say)
             config, about = run.config, describe_run(run.config, source)
-        with together():
+        with all_hosts():
             if is_first():
                 if config.overwrite:
                     empty_folder(folder)
@@ -137,13 +137,13 @@ def _run(
     config = run.config
     assert config.steps
     state = untrained = run.init()
-    with together():
+    with all_hosts():
         checkpoints = Checkpoints(
             folder, about=about, fallback=config.fallback, say=display.say
         )
     with checkpoints:
         restored = checkpoints.restore(state)
-        with together():
+        with all_hosts():
             if is_first():  # what a resumed run has changed, now that its state fits
                 write_config(config, folder)
         if restored is not None:
@@ -192,7 +192,7 @@ def _run(
         "state_sha256": fingerprint(final),
         "versions": versions(),
     }
-    with together():
+    with all_hosts():
         if is_first():
             write_json(folder / "results.json", results)
     display.results(results)
@@ -253,7 +253,7 @@ def _train(
             seconds["images_per_second"] = past[-1]["images_per_second"]
         return seconds
     monitor = choose_examples(source, test, config.eval_examples)
-    with together():
+    with all_hosts():
         metrics_file = MetricsFile(
             folder / "metrics.jsonl" if is_first() else None, first + 1, display.say
         )
@@ -280,7 +280,7 @@ def _train(
                 images = signals.interruptibly(lambda: run.images(next(stream)))
             if step % config.log_every == 0 or step in (first + 1, total):
                 row = {name: float(value) for name, value in metrics.items()}
-                skipped = skipping.heed(step, state)
+                skipped = skipping.report_skipped(step, state)
                 now = time.monotonic()
                 rate = (step - marked) * batch_size / (now - mark)
                 if marked > first:  # the first interval holds the compilation
@@ -323,7 +323,7 @@ def _train(
                 mark, marked = time.monotonic(), step
             stopping = checkpoints.preempted(step) or signals.stopping
             if stopping or step == total or _due(step, config.checkpoint_every):
-                skipping.heed(step, state)
+                skipping.report_skipped(step, state)
                 skipping.require_finite(step, state)
                 with clock.spent("saving"):
                     checkpoints.save(step, state, last=stopping or step == total)
@@ -354,11 +354,11 @@ def advice(method: Method) -> str:
     )
 
 
-def _monitor(embedder: Embedder, examples: Examples, state: TrainState):
+def _monitor(embedder: Embedder, examples: EvalSet, state: TrainState):
     """What a row of metrics tells of a measurement during the run."""
     embedded = embed_examples(examples, functools.partial(embedder.embed, state))
-    assert embedded.test.embedding is not None
-    figures = measure_collapse(embedded.test.embedding)
+    assert embedded.test.made.embedding is not None
+    figures = measure_collapse(embedded.test.made.embedding)
     row: dict[str, Any] = {"effective_rank": figures["effective_rank"]}
     if examples.num_classes:
         row["knn"] = measure_knn(embedded)

@@ -25,11 +25,11 @@ from jemjax.evaluation import (
     prototype_usage,
     rankme,
 )
-from jemjax.training.process.distributed import is_first, together
+from jemjax.training.process.distributed import all_hosts, is_first
 from jemjax.training.run.embedder import (
-    Embedded,
+    EmbeddedSet,
     Embedder,
-    Examples,
+    EvalSet,
     embed_examples,
     make_pixels,
 )
@@ -46,40 +46,40 @@ MAX_SCORES = 2**25
 PROBE_ITERATIONS = 100
 
 
-def measure_knn(embedded: Embedded) -> float:
+def measure_knn(embedded: EmbeddedSet) -> float:
     """Accuracy of weighted kNN."""
-    train, train_labels, test, test_labels, num_classes = embedded
+    train, test, num_classes = embedded
     return knn_accuracy(
-        train.features,
-        train_labels,
-        test.features,
-        test_labels,
-        k=min(20, len(train_labels)),
+        train.made.features,
+        train.labels,
+        test.made.features,
+        test.labels,
+        k=min(20, len(train.labels)),
         num_classes=num_classes,
     )
 
 
-def measure_protocols(embedded: Embedded) -> dict[str, float]:
+def measure_protocols(embedded: EmbeddedSet) -> dict[str, float]:
     """Every protocol of features that needs labels."""
-    train, train_labels, test, test_labels, num_classes = embedded
+    train, test, num_classes = embedded
     few = []
     for draw in range(FEW_LABEL_DRAWS):
-        chosen = few_labels(train_labels, FEW_LABELS, seed=draw)
+        chosen = few_labels(train.labels, FEW_LABELS, seed=draw)
         few.append(
             knn_accuracy(
-                train.features[chosen],
-                train_labels[chosen],
-                test.features,
-                test_labels,
+                train.made.features[chosen],
+                train.labels[chosen],
+                test.made.features,
+                test.labels,
                 k=min(10, len(chosen)),
                 num_classes=num_classes,
             )
         )
     probe = linear_probe(
-        train.features,
-        train_labels,
-        test.features,
-        test_labels,
+        train.made.features,
+        train.labels,
+        test.made.features,
+        test.labels,
         num_classes=num_classes,
         max_iterations=PROBE_ITERATIONS,
     )
@@ -91,8 +91,8 @@ def measure_protocols(embedded: Embedded) -> dict[str, float]:
 
 
 def measure_clusters(
-    embedded: Embedded,
-    examples: Examples,
+    embedded: EmbeddedSet,
+    examples: EvalSet,
     num_prototypes: int,
     scores: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, float]:
@@ -104,7 +104,7 @@ def measure_clusters(
         num_prototypes: K.
         scores: (n, H, W, C) images -> (n, K) scores, of images with labels.
     """
-    clusters, labels = embedded.test.cluster, embedded.test_labels
+    clusters, labels = embedded.test.made.cluster, embedded.test.labels
     assert clusters is not None
     usage = prototype_usage(clusters, num_prototypes)
     figures = {
@@ -118,11 +118,11 @@ def measure_clusters(
     per_class = min(FEW_LABELS, max(1, fit))
     few = []
     for draw in range(FEW_LABEL_DRAWS):
-        chosen = few_labels(embedded.train_labels, per_class, draw)
+        chosen = few_labels(embedded.train.labels, per_class, draw)
         images = examples.train.gather(examples.train_indices[chosen])["image"]
         few.append(
             few_label_cluster_accuracy(
-                scores(images), embedded.train_labels[chosen], clusters, labels
+                scores(images), embedded.train.labels[chosen], clusters, labels
             )
         )
     return {
@@ -156,7 +156,7 @@ def measure_collapse(embeddings: np.ndarray) -> dict[str, Any]:
 def measure(
     trained: TrainState,
     untrained: TrainState,
-    examples: Examples,
+    examples: EvalSet,
     embedder: Embedder,
     recipe: ViewRecipe,
     clusters: Path,
@@ -190,11 +190,13 @@ def measure(
         say(f"measuring: {name}")
         embedded = embed_examples(examples, embed)
         if name == "trained":
-            assert embedded.test.embedding is not None
-            results["collapse"] = measure_collapse(embedded.test.features)
-            results["embedding_collapse"] = measure_collapse(embedded.test.embedding)
+            assert embedded.test.made.embedding is not None
+            results["collapse"] = measure_collapse(embedded.test.made.features)
+            results["embedding_collapse"] = measure_collapse(
+                embedded.test.made.embedding
+            )
             if embedder.num_prototypes:
-                with together():
+                with all_hosts():
                     if is_first():
                         _write_clusters(clusters, embedded, examples)
                 results["clusters"] = measure_clusters(
@@ -209,17 +211,17 @@ def measure(
     return results
 
 
-def _write_clusters(path: Path, embedded: Embedded, examples: Examples) -> None:
+def _write_clusters(path: Path, embedded: EmbeddedSet, examples: EvalSet) -> None:
     """Which prototype each test image falls in, by its number in the data."""
-    assert embedded.test.cluster is not None
+    assert embedded.test.made.cluster is not None
     names = examples.test.class_names
     with replacing(path) as file:
         writer = csv.writer(file)
         writer.writerow(("image", "prototype", "label"))
         for index, cluster, label in zip(
             examples.test_indices,
-            embedded.test.cluster,
-            embedded.test_labels,
+            embedded.test.made.cluster,
+            embedded.test.labels,
             strict=True,
         ):
             name = names[label] if label >= 0 else ""

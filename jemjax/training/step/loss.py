@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jemjax.augment import ViewRecipe
 from jemjax.augment.inputs import example_keys
-from jemjax.methods import Clock, Method
+from jemjax.methods import Method, Progress
 from jemjax.training.step.branch import Branches, Images, Statistics
 from jemjax.training.step.chunks import join_batch, split_batch
 from jemjax.training.step.sharding import BATCH_AXES, batch_spec
@@ -102,7 +102,7 @@ def make_loss(
         )(online, target, memory)
 
     def loss_of(params, state: TrainState, images: Images):
-        clock = Clock(state.step, steps_per_epoch, total_steps)
+        progress = Progress(state.step, steps_per_epoch, total_steps)
         count = len(jax.tree.leaves(images)[0])
         keys = keys_of_step(state.key, state.step, count)
         statistics, (online, target) = embed(params, state, images, keys)
@@ -113,7 +113,7 @@ def make_loss(
             of_branch = state.target_params if averaged else params
             return network.apply({"params": of_branch}, embeddings, method="scores")
 
-        memory = lax.stop_gradient(method.recall(state.loss_state, clock, scores))
+        memory = lax.stop_gradient(method.recall(state.loss_state, progress, scores))
         for name, remembered in memory.items():
             tell(f"the loss's memory, {name}", remembered)
         compared = None

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jemjax.augment import ViewRecipe
 from jemjax.evaluation import normalized_std
-from jemjax.methods import Clock, Method
+from jemjax.methods import Method, Progress
 from jemjax.targets import moving_average
 from jemjax.training.step.branch import Images
 from jemjax.training.step.loss import make_loss
@@ -80,7 +80,7 @@ def make_train_step(
     )
 
     def train_step(state: TrainState, images: Images):
-        clock = Clock(state.step, steps_per_epoch, total_steps)
+        progress = Progress(state.step, steps_per_epoch, total_steps)
         (loss, (terms, outputs, statistics)), gradients = jax.value_and_grad(
             loss_of, has_aux=True
         )(state.params, state, images)
@@ -97,7 +97,7 @@ def make_train_step(
         target_params = state.target_params
         batch_stats, target_batch_stats = statistics
         if method.target == "momentum":
-            metrics["target_momentum"] = momentum = method.momentum(clock)
+            metrics["target_momentum"] = momentum = method.momentum(progress)
             target_params = moving_average(
                 target_params, without_predictor(params), momentum
             )
@@ -105,7 +105,7 @@ def make_train_step(
                 target_batch_stats = moving_average(
                     state.target_batch_stats, without_predictor(batch_stats), momentum
                 )
-        loss_state = method.remember(state.loss_state, clock, online, target)
+        loss_state = method.remember(state.loss_state, progress, online, target)
         # Not of the parameters after the update, which would have to be kept beside
         # those before it: of these numbers they are made, before anything is clipped.
         taken = all_finite((loss, gradient_norm, statistics, loss_state))

@@ -18,7 +18,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jemjax.errors import CheckpointDamaged, CheckpointError
-from jemjax.training.process.distributed import is_first, of_first, together
+from jemjax.training.process.distributed import (
+    all_hosts,
+    broadcast_from_first,
+    is_first,
+)
 from jemjax.training.step.state import TrainState
 from jemjax.training.storage import manifest
 
@@ -231,11 +235,11 @@ class Checkpoints:
         """
         self.wait()
         chosen = ""
-        with together():
+        with all_hosts():
             if is_first():
                 step = self._newest_whole(like, until)
                 chosen = "" if step is None else str(step)
-        chosen = of_first(chosen)
+        chosen = broadcast_from_first(chosen)
         if not chosen:
             return None
         abstract = jax.tree.map(

@@ -9,7 +9,11 @@ import jax
 
 from jemjax.errors import DivergenceError, UserError
 from jemjax.training.config.options import PretrainConfig
-from jemjax.training.process.distributed import is_first, of_first, together
+from jemjax.training.process.distributed import (
+    all_hosts,
+    broadcast_from_first,
+    is_first,
+)
 from jemjax.training.step.state import TrainState, all_finite
 from jemjax.training.storage.checkpoints import Checkpoints
 from jemjax.training.storage.files import write_json
@@ -46,7 +50,7 @@ class SkippedSteps:
         self._say, self._settle = say, settle
         self._known = int(state.skipped.steps)
 
-    def heed(self, step: int, state: TrainState) -> int:
+    def report_skipped(self, step: int, state: TrainState) -> int:
         """The number of steps skipped so far.
 
         Args:
@@ -69,7 +73,7 @@ class SkippedSteps:
             self._keep(number, state if in_a_row else None, diverged)
         if diverged:
             last = self._last()
-            with together():
+            with all_hosts():
                 raise DivergenceError(
                     f"steps {step - in_a_row + 1} to {step}: loss or gradient was not"
                     f" finite; --max-skipped allows {self._config.max_skipped} in a"
@@ -88,7 +92,7 @@ class SkippedSteps:
             DivergenceError: if there are any.
         """
         if not bool(_all_finite(state)):
-            with together():
+            with all_hosts():
                 raise DivergenceError(
                     f"step {step}: the state is not finite, and is not saved; the"
                     " checkpoints before it are. Lower --optimizer.learning-rate"
@@ -108,18 +112,19 @@ class SkippedSteps:
         """
         place = self._folder / FOLDER
         # The first host's word: the others may see its files late.
-        if of_first("kept" if (place / _FILE).exists() else "") and not again:
+        kept_before = broadcast_from_first("kept" if (place / _FILE).exists() else "")
+        if kept_before and not again:
             return
         self._settle()
         names = " ".join(map(str, saved_steps(place / "checkpoints")))
-        kept_steps = [int(name) for name in of_first(names).split()]
+        kept_steps = [int(name) for name in broadcast_from_first(names).split()]
         if state is not None and number - 1 not in kept_steps:
             # As it was before the step.
             back = state.step - (state.step - number + 1)
             zeros = jax.tree.map(lambda x: x - x, state.skipped)
             before = state.replace(step=back, skipped=zeros)
             try:
-                with together():
+                with all_hosts():
                     if is_first():
                         place.mkdir(exist_ok=True)
                     checkpoints = Checkpoints(place, say=self._say)
