@@ -189,8 +189,8 @@ def _read_config(path: str | None, method: str):
     from pathlib import Path
 
     from jemjax.methods import METHODS
+    from jemjax.training.config.file import from_toml
     from jemjax.training.config.options import PretrainConfig
-    from jemjax.training.config.toml import from_toml
 
     default = PretrainConfig(method=METHODS[method]())
     return default if path is None else from_toml(Path(path), default)

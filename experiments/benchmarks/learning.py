@@ -147,8 +147,8 @@ class Peer:
 
     def _config(self, seed: int, steps: int):
         from jemjax.methods import METHODS
+        from jemjax.training.config.file import from_toml
         from jemjax.training.config.options import PretrainConfig
-        from jemjax.training.config.toml import from_toml
 
         default = PretrainConfig(method=METHODS[self.options.method]())
         if self.options.config is not None:

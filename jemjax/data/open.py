@@ -10,9 +10,15 @@ from PIL import Image
 
 from jemjax.data.folders import open_folder
 from jemjax.data.images import DEFAULT_READING, Reading, fit
-from jemjax.data.sources import ArraySource, Source, Split
+from jemjax.data.sources import ArraySource, Source, Split, ViewDefaults
 from jemjax.data.tfds import open_tfds
 from jemjax.errors import DataError, printable
+
+DIGITS = ViewDefaults(
+    flip=False,  # the mirror images of digits are other signs
+    crop_scale=(0.4, 1.0),  # of 8 x 8 pixels, a smaller part no longer tells which
+    remark="digits are centered and of one size, so raw pixels are strong",
+)
 
 
 def open_data(
@@ -96,4 +102,5 @@ def _open_digits(split: Split, image_size: int | None) -> ArraySource:
         digits.target[chosen],
         name="digits",
         class_names=[str(label) for label in range(10)],
+        defaults=DIGITS,
     )

@@ -17,6 +17,7 @@ from jemjax.data import batches, open_data
 from jemjax.methods import METHODS
 from jemjax.runtime import quick_compilation
 from jemjax.training.config.options import ViewOptions
+from jemjax.training.config.parts import make_network, make_recipe
 from jemjax.training.config.resolve import resolve
 from jemjax.training.inspect.contact_sheet import (
     BACKGROUND,
@@ -103,7 +104,7 @@ def test_it_is_what_the_steps_of_a_run_see(name, options, several_sizes, monkeyp
     source = open_data(config.data, split="train")
     run = resolve(config.run(), source)
     steps = _seen_by_the_step(run, source, 3, monkeypatch)
-    branches = Branches(run.method, run.network(), run.recipe())
+    branches = Branches(run.method, make_network(run), make_recipe(run))
     for number in (1, 3):
         shown = see(run, branches, source, step=number, count=5)
         views, masks = steps[number - 1]
@@ -129,7 +130,7 @@ def test_originals_are_the_whole_images_that_the_views_are_of(several_sizes):
     )
     source = open_data(config.data, split="train")
     run = resolve(config.run(), source)
-    branches = Branches(run.method, run.network(), run.recipe())
+    branches = Branches(run.method, make_network(run), make_recipe(run))
     shown = see(run, branches, source, step=2, count=4)
     assert len({image.shape for image in shown.originals}) > 1
     for original, view in zip(shown.originals, shown.views[0], strict=True):

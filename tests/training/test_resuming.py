@@ -11,9 +11,9 @@ from PIL import Image
 from jemjax.data import ArraySource, open_data
 from jemjax.errors import UserError
 from jemjax.methods import BYOL, VICReg
+from jemjax.training.config.file import to_toml
 from jemjax.training.config.options import OptimizerOptions, PretrainConfig, ViewOptions
 from jemjax.training.config.resolve import resolve
-from jemjax.training.config.toml import to_toml
 from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
 from jemjax.training.storage import manifest
 from jemjax.training.storage.files import write_json
@@ -27,7 +27,7 @@ def digits():
 
 def _about(digits, method=None, **changes):
     config = PretrainConfig(method=method or VICReg(), steps=50, **changes)
-    return describe_run(resolve(config, digits), digits)
+    return describe_run(resolve(config, digits, num_devices=2), digits)
 
 
 @pytest.fixture(scope="module")

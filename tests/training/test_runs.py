@@ -21,9 +21,9 @@ from jemjax.cli import METHOD_NAMES, main
 from jemjax.data import open_data
 from jemjax.errors import DataError, UserError
 from jemjax.methods import DINO, VICReg
+from jemjax.training.config.file import to_toml
 from jemjax.training.config.options import PretrainConfig
 from jemjax.training.config.resolve import resolve, with_given_length
-from jemjax.training.config.toml import to_toml
 from jemjax.training.reporting.display import Display
 from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
 from jemjax.training.run import duration

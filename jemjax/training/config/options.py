@@ -1,16 +1,12 @@
-"""What a run does, as the user gives it."""
+"""What a run does, as the user gives it: dataclasses only."""
 
 import dataclasses
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
 import tyro
-from flax import linen as nn
 
-from jemjax.augment import MaskRecipe, ViewRecipe
 from jemjax.data import Reading
 from jemjax.methods import Method
-from jemjax.models import create_backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,41 +41,6 @@ class ViewOptions:
     """share of the patches that are hidden; of blocks also two, between which each
     image draws its own; unless given, the method's, or 0.6, and 0.75 where they are
     dropped"""
-
-    def apply(self, recipe: ViewRecipe) -> ViewRecipe:
-        """The recipe with these options."""
-        if self.crop_scale is not None:
-            scale = tuple(self.crop_scale)
-            views = [
-                dataclasses.replace(view, crop_scale=scale)
-                for view in recipe.views[: recipe.num_global]
-            ]
-            views += recipe.views[recipe.num_global :]
-            recipe = dataclasses.replace(recipe, views=tuple(views))
-        if self.color is not None:
-            whose = {"arithmetic": "torchvision"} if self.color == "fused" else {}
-            views = tuple(
-                dataclasses.replace(view, color=self.color, **whose)
-                for view in recipe.views
-            )
-            recipe = dataclasses.replace(recipe, views=views)
-        if self.mask == "none":
-            recipe = dataclasses.replace(recipe, mask=None)
-        elif self.mask is not None:
-            ratio = {"drop": 0.75}.get(self.mask, 0.6)
-            recipe = dataclasses.replace(recipe, mask=MaskRecipe(self.mask, ratio))
-        if self.mask_ratio is not None:
-            if recipe.mask is None:
-                raise ValueError(
-                    f"mask_ratio: got {self.mask_ratio} where nothing is masked,"
-                    " expected --views.mask too"
-                )
-            mask = dataclasses.replace(recipe.mask, ratio=self.mask_ratio)
-            recipe = dataclasses.replace(recipe, mask=mask)
-        for part in ("crop", "flip", "jitter", "grayscale", "blur", "solarize"):
-            if getattr(self, part) is False:
-                recipe = recipe.without(part)
-        return recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,22 +168,3 @@ class PretrainConfig(InputConfig):
     """resume from the checkpoint before where the newest is damaged (off: stop with
     exit code 5)"""
     optimizer: OptimizerOptions = OptimizerOptions()
-
-    def network(self) -> nn.Module:
-        """The network, of a resolved configuration; raises ValueError."""
-        assert self.image_size and self.backbone
-        backbone = create_backbone(
-            self.backbone,
-            image_size=self.image_size,
-            dtype=jnp.dtype(self.compute_dtype),
-            patch_size=self.patch_size,
-            drop_path=self.drop_path or 0.0,
-            pooling=self.method.pooling,
-            layer_scale=self.layer_scale,
-        )
-        return self.method.network(backbone)
-
-    def recipe(self) -> ViewRecipe:
-        """The views, of a resolved configuration; raises ValueError."""
-        assert self.image_size
-        return self.views.apply(self.method.views(self.image_size))

@@ -1,4 +1,4 @@
-"""A configuration as TOML: flags over file over the method's defaults."""
+"""Dataclasses as TOML: which keys and types a file may have is what they say."""
 
 import dataclasses
 import difflib
@@ -15,10 +15,14 @@ from jemjax.errors import UserError, printable
 T = TypeVar("T")
 
 
-def to_toml(config: Any) -> str:
-    """The configuration as TOML, the method by its name.
+def write(value: Any, **first: Any) -> str:
+    """A dataclass as TOML, those within it as tables.
 
     Fields that are None are left out, since TOML has no such value.
+
+    Args:
+        value: the dataclass.
+        **first: keys above its own.
     """
 
     def table(value: Any) -> Any:
@@ -32,43 +36,30 @@ def to_toml(config: Any) -> str:
             if item is not None
         }
 
-    return tomli_w.dumps({"method_name": config.method.name, **table(config)})
+    return tomli_w.dumps({**first, **table(value)})
 
 
-def from_toml(path: Path, default: T) -> T:
-    """`default` with the values that a TOML file gives, checked by name and type.
+def fill(default: T, values: dict[str, Any]) -> tuple[T, list[str]]:
+    """`default` with the values that a file gives, checked by name and type.
 
     Args:
-        path: the file.
-        default: what holds where the file says nothing.
+        default: a dataclass, which holds where the file says nothing.
+        values: of the file.
 
     Returns:
-        The configuration.
+        The dataclass, and a sentence for each unknown key and wrong type.
+    """
+    problems: list[str] = []
+    filled = _merge(default, values, "", problems, _paths(default))
+    return filled, problems
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a file.
 
     Raises:
-        UserError: for a file that cannot be read, unknown keys and wrong types.
+        UserError: for a file that cannot be read, or is not TOML.
     """
-    values = _read_toml(path)
-    expected = getattr(default, "method").name  # noqa: B009
-    name = values.pop("method_name", expected)
-    if name != expected:
-        raise UserError(
-            f"--config {path}: it configures the method {name}, but the command"
-            f" names {expected}"
-        )
-    problems: list[str] = []
-    config = _merge(default, values, "", problems, _paths(default))
-    if problems:
-        raise UserError("\n".join(f"--config {path}: {text}" for text in problems))
-    return config
-
-
-def method_name_of(path: Path) -> str:
-    """The method that a run's `config.toml` names."""
-    return str(_read_toml(path).get("method_name", ""))
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
     where = f"--config {printable(path)}"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -17,9 +17,10 @@ from PIL import Image
 from jemjax.augment import ViewRecipe, denormalize
 from jemjax.data import EncodedSource, Source, batches, open_data, read_image
 from jemjax.errors import UserError, printable
-from jemjax.methods import Method
+from jemjax.methods import METHODS, Method
 from jemjax.runtime import quick_compilation
 from jemjax.training.config.options import InputConfig, PretrainConfig
+from jemjax.training.config.parts import make_network, make_recipe
 from jemjax.training.config.resolve import resolve
 from jemjax.training.inspect.contact_sheet import Row, draw, enlarge, fit_in, hide
 from jemjax.training.reporting.display import Display
@@ -55,15 +56,20 @@ class PreviewConfig(InputConfig):
             for field in dataclasses.fields(InputConfig)
         }
         if self.local_views is not None:
-            if not hasattr(self.method, "local_views"):
+            if not _has_local_views(self.method):
+                able = [name for name in METHODS if _has_local_views(METHODS[name])]
                 raise UserError(
                     f"--local-views: got {self.local_views}, but {self.method.name} has"
-                    " none; swav and dino do"
+                    f" none; {' and '.join(able)} do"
                 )
             shared["method"] = dataclasses.replace(
                 self.method, **{"local_views": self.local_views}
             )
         return PretrainConfig(**shared, steps=1)
+
+
+def _has_local_views(method: Method | type[Method]) -> bool:
+    return "local_views" in {field.name for field in dataclasses.fields(method)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,7 @@ def preview(config: PreviewConfig, display: Display | None = None) -> Path:
     run = resolve(config.run(), source)
     _check(config, run)
     try:
-        branches = Branches(run.method, run.network(), run.recipe())
+        branches = Branches(run.method, make_network(run), make_recipe(run))
         display.header(
             f"jemjax preview {run.method.name}", _header(run, branches, source)
         )

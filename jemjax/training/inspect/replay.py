@@ -12,7 +12,7 @@ from flax import linen as nn
 from jemjax.data import batches
 from jemjax.errors import UserError
 from jemjax.runtime import quick_compilation
-from jemjax.training.config.resolve import batch_problem
+from jemjax.training.config.problems import batch_problem
 from jemjax.training.reporting.display import Display
 from jemjax.training.run.inputs import open_source
 from jemjax.training.run.setup import Setup, rebuild

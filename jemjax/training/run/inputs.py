@@ -6,7 +6,7 @@ from typing import Literal
 from jemjax.data import Source, in_memory, open_data
 from jemjax.errors import DataError, UserError
 from jemjax.training.config.options import PretrainConfig
-from jemjax.training.config.resolve import problems_without_data
+from jemjax.training.config.problems import problems_without_data
 from jemjax.training.reporting.display import Display
 
 

@@ -15,9 +15,9 @@ from jemjax.data import Source
 from jemjax.errors import CheckpointError, UserError
 from jemjax.methods import Method
 from jemjax.runtime import make_deterministic
+from jemjax.training.config.file import to_toml
 from jemjax.training.config.options import PretrainConfig
 from jemjax.training.config.resolve import resolve
-from jemjax.training.config.toml import to_toml
 from jemjax.training.process.distributed import (
     all_hosts,
     connect,
@@ -196,8 +196,8 @@ def _run(
         if is_first():
             write_json(folder / "results.json", results)
     display.results(results)
-    if source.name == "digits":
-        display.say("(digits are centered and of one size, so raw pixels are strong)")
+    if source.defaults.remark:
+        display.say(f"({source.defaults.remark})")
     display.say(f"written to {folder / 'results.json'}")
     return results
 

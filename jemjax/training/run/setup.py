@@ -20,6 +20,7 @@ from jemjax.errors import UserError
 from jemjax.methods import Optimization
 from jemjax.runtime import quick_compilation
 from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.parts import make_network, make_recipe
 from jemjax.training.step.branch import Images
 from jemjax.training.step.optimizers import make_optimizer
 from jemjax.training.step.sharding import (
@@ -135,8 +136,8 @@ def build(config: PretrainConfig, source: Source, mesh: Mesh | None = None) -> S
         raise UserError(f"--{error}") from error
     method = config.method
     try:
-        network = config.network()
-        recipe = config.recipe()
+        network = make_network(config)
+        recipe = make_recipe(config)
         steps_per_epoch = len(source) / config.batch_size
         options = dataclasses.asdict(config.optimizer)
         options["clip_norm"] = options["clip_norm"] or None

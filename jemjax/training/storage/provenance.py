@@ -17,8 +17,8 @@ from jemjax import __version__
 from jemjax.data import Source
 from jemjax.errors import CheckpointDamaged, UserError
 from jemjax.methods import METHODS
+from jemjax.training.config.file import from_toml, method_name_of, to_toml
 from jemjax.training.config.options import PretrainConfig
-from jemjax.training.config.toml import from_toml, method_name_of, to_toml
 from jemjax.training.storage import manifest
 from jemjax.training.storage.files import replacing
 from jemjax.training.storage.folder import writing
