@@ -256,7 +256,7 @@ class Peer:
     def run(self, seed: int, steps: int, timed: bool = False) -> dict[str, Any]:
         """A training in the peers' environment, and its measurements."""
         from jemjax.training.run.embedder import EmbeddedSet, EmbeddedSplit, Features
-        from jemjax.training.run.protocols import measure_knn, measure_protocols
+        from jemjax.training.run.protocols import measure_knn, measure_linear
 
         spec = self.spec(seed, steps)
         if timed:
@@ -290,7 +290,7 @@ class Peer:
                     self.train.num_classes,
                 )
                 row[f"knn{suffix}"] = measure_knn(embedded)
-                row[f"linear{suffix}"] = measure_protocols(embedded)["linear"]
+                row[f"linear{suffix}"] = measure_linear(embedded)
         return row
 
 

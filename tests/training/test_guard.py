@@ -351,8 +351,8 @@ def test_evaluation_leaves_the_state_as_it_was(name):
 
 @pytest.mark.slow
 def test_collapse_is_told_while_it_happens_with_its_causes(tmp_path, monkeypatch):
-    found = {"effective_rank": 1.0, "collapse": ["type 1: all the same"]}
-    monkeypatch.setattr(loop, "measure_collapse", lambda embeddings: found)
+    found = {"effective_rank": 1.0}, ["type 1: all the same"]
+    monkeypatch.setattr(loop, "monitor", lambda *arguments: found)
     output = io.StringIO()
     config = _config(tmp_path, eval_every=4)
     pretrain(config, Display(Console(file=output, soft_wrap=True)))

@@ -28,6 +28,7 @@ from jemjax.training.reporting.display import Display
 from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
 from jemjax.training.run import duration
 from jemjax.training.run import pretrain as loop
+from jemjax.training.run.protocols import KNN, Protocol
 from jemjax.training.step.sharding import make_mesh
 from jemjax.training.storage.files import replacing
 from jemjax.training.storage.folder import check_folder
@@ -155,6 +156,42 @@ def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     again = loop.pretrain(config, Display(Console(file=said, width=200)))
     assert "begun with 12 steps" in said.getvalue()
     assert again["state_sha256"] == results["state_sha256"]
+
+
+class Widest(Protocol):
+    """The largest feature, as a protocol that somebody adds."""
+
+    name = "widest"
+
+    def measure(self, given):
+        return float(given.embedded.test.made.features.max())
+
+    def monitor(self, given):
+        return {"widest_so_far": self.measure(given)}, ["type 9: too wide"]
+
+
+def test_somebody_adds_a_protocol(tmp_path, monkeypatch):
+    one_device = functools.partial(make_mesh, 1)
+    monkeypatch.setattr("jemjax.training.run.setup.make_mesh", one_device)
+    config = PretrainConfig(
+        VICReg(projector=(64,)),
+        steps=4,
+        eval_every=2,
+        batch_size=64,
+        eval_examples=64,
+        final_examples=64,
+        output=str(tmp_path / "run"),
+    )
+    said = io.StringIO()
+    display = Display(Console(file=said, width=200))
+    results = loop.pretrain(config, display, protocols=(KNN(), Widest()))
+    assert {*results["widest"]} == {*results["knn"]}
+    assert {*results["knn"]} == {"trained", "untrained", "pixels"}
+    assert "linear" not in results and "collapse" not in results
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    [measured] = [row for row in rows if "knn" in row]
+    assert list(measured) == ["step", "knn", "widest_so_far", "collapse"]
+    assert "step 2: collapse, type 9: too wide" in said.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from jemjax.training.config.options import PretrainConfig
 from jemjax.training.process.signals import NAMES, Signals
 from jemjax.training.reporting.metrics_file import read_metrics
 from jemjax.training.run import pretrain as loop
+from jemjax.training.run.loop import stop_by_signal
 from jemjax.training.storage import provenance
 
 PATIENCE = 120
@@ -59,7 +60,7 @@ if phase == "compilation":  # between lowering and XLA's part
 elif phase == "step":
     replace(checkpoints.Checkpoints, "preempted", 0.2, lambda self, step: step > 4)
 elif phase == "evaluation":
-    replace(loop, "embed_examples", 600)
+    replace(loop, "monitor", 600)
 elif phase == "data":
     replace(pipeline, "_gather", 600, lambda source, crops, seed, number, _: number > 6)
 elif phase == "save":
@@ -202,7 +203,7 @@ def test_the_command_that_is_printed_has_what_resuming_needs(tmp_path, monkeypat
     )
     provenance.write_config(given, tmp_path)
     with pytest.raises(UserError) as stopped:
-        loop._stop(Signals(), given, "after step 1")
+        stop_by_signal(Signals(), given, "after step 1")
     resumed = []
     monkeypatch.setattr(loop, "pretrain", resumed.append)
     monkeypatch.setattr("jemjax.runtime.prepare_process", lambda: None)

@@ -75,8 +75,8 @@ def replay(
             f"{folder}: {problem}: use as many as the run did, or others that divide it"
         )
     source = open_source(config.data, "train", config, display)
-    run = rebuild(config, source)
-    state, before = _nearest(run, folder, number - 1, display.say)
+    setup = rebuild(config, source)
+    state, before = _nearest(setup, folder, number - 1, display.say)
     display.say(
         f"step {number} of {folder}: from the state after step {before},"
         f" {number - 1 - before} steps are taken again first"
@@ -87,17 +87,17 @@ def replay(
         seed=config.seed,
         step=before,
         workers=config.workers,
-        crops=run.crops,
+        crops=setup.crops,
     )
     try:
         for _ in range(number - 1 - before):
-            state, _ = run.step(state, run.images(next(stream)))
-        images = run.images(next(stream))
+            state, _ = setup.step(state, setup.images(next(stream)))
+        images = setup.images(next(stream))
     finally:
         stream.close()
-    findings = find(run, state, images)
+    findings = find(setup, state, images)
     skipped = int(state.skipped.steps)
-    state, metrics = run.step(state, images)
+    state, metrics = setup.step(state, images)
     again = int(state.skipped.steps) > skipped
     display.say(
         f"loss {float(metrics['loss']):g}, norm of the gradient"
@@ -124,10 +124,10 @@ def replay(
 
 
 def _nearest(
-    run: Setup, folder: Path, step: int, say: Callable[[str], None]
+    setup: Setup, folder: Path, step: int, say: Callable[[str], None]
 ) -> tuple[TrainState, int]:
     """The last saved state that is not after a step, or that at the beginning."""
-    state, found = run.init(), 0
+    state, found = setup.init(), 0
     for place in (folder, folder / FOLDER):
         if (place / "checkpoints").is_dir():
             with Checkpoints(place, writable=False, say=say) as checkpoints:
@@ -137,11 +137,11 @@ def _nearest(
     return state, found
 
 
-def find(run: Setup, state: TrainState, images: Images) -> list[Finding]:
+def find(setup: Setup, state: TrainState, images: Images) -> list[Finding]:
     """What is not finite in a step: state, views, layers, terms, loss and gradient.
 
     Args:
-        run: whose step it is.
+        setup: of the run whose step it is.
         state: before the step.
         images: what the step is given.
 
@@ -165,15 +165,15 @@ def find(run: Setup, state: TrainState, images: Images) -> list[Finding]:
         watch(f"layer {path}{called}", made)
         return made
 
-    config = run.config
+    config = setup.config
     assert config.batch_size and config.steps
     losses = [
         make_loss(
             config.method,
-            run.network,
-            run.recipe,
-            run.mesh,
-            steps_per_epoch=run.steps_per_epoch,
+            setup.network,
+            setup.recipe,
+            setup.mesh,
+            steps_per_epoch=setup.steps_per_epoch,
             total_steps=config.steps,
             accumulate=config.accumulate,
             watch=watching,

@@ -116,6 +116,8 @@ class Display:
             ("features", "collapse"),
             ("embedding", "embedding_collapse"),
         ):
+            if key not in results:
+                continue
             figures = results[key]
             self.say(
                 f"{name}: normalized std {figures['normalized_std']:.4f} (ideal"

@@ -1,4 +1,4 @@
-"""Where a run's time goes: in steps, or in what the devices wait for."""
+"""How fast a run is, and where its time goes."""
 
 import contextlib
 import queue
@@ -68,6 +68,37 @@ class StepClock:
             else:
                 self._stepping += now - max(given, self._finished)
             self._finished = now
+
+
+class Throughput:
+    """Images a second, without compilation and measurements."""
+
+    def __init__(self, batch_size: int, first: int):
+        """`first` steps were taken before; the next interval holds the compilation."""
+        self.seconds = 0.0
+        """in steps"""
+        self._batch_size, self._first = batch_size, first
+        self._steps = 0
+        self._step, self._time = first, time.monotonic()
+
+    def after(self, step: int) -> float:
+        """Images a second since the last call of this or `pause`."""
+        now = time.monotonic()
+        steps, seconds = step - self._step, now - self._time
+        if self._step > self._first:  # the first interval holds the compilation
+            self.seconds += seconds
+            self._steps += steps
+        self._step, self._time = step, now
+        return steps * self._batch_size / seconds
+
+    def pause(self, step: int) -> None:
+        """What has been done since the last call was no training."""
+        self._step, self._time = step, time.monotonic()
+
+    @property
+    def mean(self) -> float:
+        """Images a second in all of the steps; 0 if none was counted."""
+        return self._steps * self._batch_size / self.seconds if self.seconds else 0.0
 
 
 def describe(seconds: dict[str, float]) -> str:

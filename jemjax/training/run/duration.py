@@ -45,7 +45,7 @@ def as_begun(config: PretrainConfig, say: Callable[[str], None]) -> PretrainConf
 
 def with_steps_that_fit(
     config: PretrainConfig,
-    run: Setup,
+    setup: Setup,
     source: Source,
     monitor: Callable[[], object],
     say: Callable[[str], None],
@@ -54,7 +54,7 @@ def with_steps_that_fit(
 
     Args:
         config: as the user gave it, with `minutes`.
-        run: built from it, with another number of steps.
+        setup: built from it, with another number of steps.
         source: the training data, as the steps will read them.
         monitor: measures as it is done during the run.
         say: is told what was chosen.
@@ -63,7 +63,7 @@ def with_steps_that_fit(
         The run with its number of steps; of several hosts the first one chooses.
     """
     assert config.minutes
-    per_step = _seconds_of_a_step(run, source)
+    per_step = _seconds_of_a_step(setup, source)
     seconds = 60 * config.minutes
     told, every = f"a step takes {per_step:.3g} s here", config.eval_every
     if every != 0:
@@ -84,19 +84,19 @@ def with_steps_that_fit(
     return build(resolve(chosen, source, num_devices=jax.device_count()), source)
 
 
-def _seconds_of_a_step(run: Setup, source: Source) -> float:
+def _seconds_of_a_step(setup: Setup, source: Source) -> float:
     """Of real batches, as the loop takes them, from a state that is then dropped."""
-    stream = run.batches(source)
+    stream = setup.batches(source)
     try:
-        state = run.init()
-        images = run.images(next(stream))
+        state = setup.init()
+        images = setup.images(next(stream))
         began = 0.0
         for step in itertools.count():
             if step == WARM_UP:
                 jax.block_until_ready(state)
                 began = time.monotonic()
-            state, _ = run.step(state, images)
-            images = run.images(next(stream))
+            state, _ = setup.step(state, images)
+            images = setup.images(next(stream))
             taken = step + 1 - WARM_UP
             if taken in TURNS:
                 jax.block_until_ready(state)

@@ -1,6 +1,7 @@
 """A run that was saved, measured."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jemjax.training.process.distributed import (
 from jemjax.training.reporting.display import Display
 from jemjax.training.run.embedder import Embedder, choose_examples
 from jemjax.training.run.inputs import check_test, open_part, read
-from jemjax.training.run.protocols import measure
+from jemjax.training.run.protocols import PROTOCOLS, Protocol, measure
 from jemjax.training.run.setup import rebuild
 from jemjax.training.storage.checkpoints import Checkpoints
 from jemjax.training.storage.files import write_json
@@ -29,6 +30,7 @@ def evaluate(
     data_dir: str | None = None,
     multihost: bool = False,
     display: Display | None = None,
+    protocols: Sequence[Protocol] = PROTOCOLS,
 ) -> dict[str, Any]:
     """Measures the newest checkpoint of a run, on its own data or on other.
 
@@ -39,6 +41,7 @@ def evaluate(
         data_dir: where prepared data sets are; unless given, as in the run.
         multihost: whether several hosts do it, each of which calls this.
         display: where progress is shown.
+        protocols: how to measure.
 
     Returns:
         The figures, which are also written to `evaluation.json` in the folder.
@@ -61,9 +64,9 @@ def evaluate(
         check_test(
             dataclasses.replace(config, data=data, eval_data=eval_data), source, test
         )
-        run = rebuild(config, source)
+        setup = rebuild(config, source)
         source, test = read(source, display), read(test, display)
-    untrained = run.init()
+    untrained = setup.init()
     with Checkpoints(folder, writable=False, say=display.say) as checkpoints:
         state = checkpoints.restore(untrained)
     if state is None:
@@ -77,8 +80,9 @@ def evaluate(
             state,
             untrained,
             choose_examples(source, test, config.final_examples),
-            Embedder(config.method, run.network, run.recipe, run.mesh),
-            run.recipe,
+            Embedder(config.method, setup.network, setup.recipe, setup.mesh),
+            setup.recipe,
+            protocols,
             folder / "evaluation_clusters.csv",
             display.say,
         ),

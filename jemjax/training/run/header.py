@@ -16,9 +16,9 @@ def _count_unreadable(source: Source, test: Source) -> str:
     return f"{len(source.unreadable):,} images, {len(test.unreadable):,} test images"
 
 
-def header(run: Setup, source: Source, test: Source) -> Iterator[tuple[str, str]]:
+def header(setup: Setup, source: Source, test: Source) -> Iterator[tuple[str, str]]:
     """What a run is made of, as names and texts."""
-    config = run.config
+    config = setup.config
     assert config.steps
     yield "data", describe_data(config, source)
     yield "measured on", f"{config.eval_data}: {len(test):,} test images"
@@ -34,15 +34,16 @@ def header(run: Setup, source: Source, test: Source) -> Iterator[tuple[str, str]
     if source.unreadable or test.unreadable:
         yield "", f"unreadable and replaced: {_count_unreadable(source, test)}"
     yield "network", f"{config.backbone} at {size} x {size}, {config.compute_dtype}"
-    yield from describe_views(run.recipe, source)
+    yield from describe_views(setup.recipe, source)
     options = config.optimizer
+    rate = setup.schedule(config.steps // 2)
     yield (
         "training",
         f"{config.steps:,} steps of {config.batch_size} images ({config.epochs:g}"
-        f" epochs), {options.name}, learning rate {run.schedule(config.steps // 2):.2g}"
+        f" epochs), {options.name}, learning rate {rate:.2g}"
         f" at half-time",
     )
-    devices = run.mesh.devices.flatten()
+    devices = setup.mesh.devices.flatten()
     hosts = jax.process_count()
     yield (
         "devices",

@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +24,19 @@ from jemjax.training.process.distributed import (
     is_first,
     require_equal,
     require_shared,
-    stop,
 )
 from jemjax.training.process.signals import Signals
 from jemjax.training.reporting.display import Display
 from jemjax.training.reporting.loss_watch import LossWatch
 from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
-from jemjax.training.reporting.timing import StepClock, describe
+from jemjax.training.reporting.reporter import Reporter
+from jemjax.training.reporting.timing import StepClock, Throughput, describe
 from jemjax.training.run.duration import as_begun, with_steps_that_fit
-from jemjax.training.run.embedder import (
-    Embedder,
-    EvalSet,
-    choose_examples,
-    embed_examples,
-)
+from jemjax.training.run.embedder import Embedder, choose_examples
 from jemjax.training.run.header import header
 from jemjax.training.run.inputs import check_test, open_first, open_part, read
-from jemjax.training.run.protocols import measure, measure_collapse, measure_knn
+from jemjax.training.run.loop import Loop, Monitored, stop_by_signal
+from jemjax.training.run.protocols import PROTOCOLS, Protocol, measure, monitor
 from jemjax.training.run.setup import Setup, build
 from jemjax.training.step.state import TrainState
 from jemjax.training.storage.checkpoints import Checkpoints, fingerprint
@@ -62,12 +57,18 @@ from jemjax.training.storage.provenance import (
 from jemjax.training.storage.skipped_steps import SkippedSteps
 
 
-def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str, Any]:
+def pretrain(
+    config: PretrainConfig,
+    display: Display | None = None,
+    *,
+    protocols: Sequence[Protocol] = PROTOCOLS,
+) -> dict[str, Any]:
     """Trains a network and measures what it learned.
 
     Args:
         config: the run; what is None is chosen by the method and the data.
         display: where progress is shown.
+        protocols: how to measure, in the order of `results.json`.
 
     Returns:
         What `results.json` holds.
@@ -87,8 +88,8 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
         assert config.steps and config.batch_size and config.output
         test = open_part(config.eval_data or config.data, "test", config)
         check_test(config, source, test)
-        run = build(config, source)
-        run.check()
+        setup = build(config, source)
+        setup.check()
     require_equal(to_toml(config), "--multihost: not all hosts have the same settings")
     folder = Path(config.output)
     about = describe_run(config, source)
@@ -106,27 +107,43 @@ def pretrain(config: PretrainConfig, display: Display | None = None) -> dict[str
             source, test = read(source, display), read(test, display)
         if given.minutes:
             with explaining_memory(config):
-                examples = choose_examples(source, test, config.eval_examples)
-                embedder = Embedder(config.method, run.network, run.recipe, run.mesh)
-                monitor = functools.partial(_monitor, embedder, examples, run.init())
-                run = with_steps_that_fit(given, run, source, monitor, display.say)
-            config, about = run.config, describe_run(run.config, source)
+                setup = _fitted(given, setup, source, test, protocols, display)
+            config, about = setup.config, describe_run(setup.config, source)
         with all_hosts():
             if is_first():
                 if config.overwrite:
                     empty_folder(folder)
                 if not (folder / "config.toml").exists():
                     write_config(config, folder)
-        display.header(f"jemjax {config.method.name}", header(run, source, test))
+        display.header(f"jemjax {config.method.name}", header(setup, source, test))
         signals = held.enter_context(Signals())
         held.enter_context(explaining_memory(config))
-        return _run(run, source, test, folder, about, display, signals, began)
+        return _run(
+            setup, source, test, protocols, folder, about, display, signals, began
+        )
+
+
+def _fitted(
+    given: PretrainConfig,
+    setup: Setup,
+    source: Source,
+    test: Source,
+    protocols: Sequence[Protocol],
+    display: Display,
+) -> Setup:
+    """The run with as many steps as fit into its minutes."""
+    config = setup.config
+    examples = choose_examples(source, test, config.eval_examples)
+    embedder = Embedder(config.method, setup.network, setup.recipe, setup.mesh)
+    measured = functools.partial(monitor, setup.init(), examples, embedder, protocols)
+    return with_steps_that_fit(given, setup, source, measured, display.say)
 
 
 def _run(
-    run: Setup,
+    setup: Setup,
     source: Source,
     test: Source,
+    protocols: Sequence[Protocol],
     folder: Path,
     about: dict[str, Any],
     display: Display,
@@ -134,9 +151,9 @@ def _run(
     began: float,
 ) -> dict[str, Any]:
     """Training, and what it led to."""
-    config = run.config
+    config = setup.config
     assert config.steps
-    state = untrained = run.init()
+    state = untrained = setup.init()
     with all_hosts():
         checkpoints = Checkpoints(
             folder, about=about, fallback=config.fallback, say=display.say
@@ -151,9 +168,17 @@ def _run(
             display.say(f"resumed after step {int(state.step)}")
         if state is untrained:
             untrained = jax.tree.map(jnp.copy, state)  # the step's donation frees state
-        embedder = Embedder(config.method, run.network, run.recipe, run.mesh)
+        embedder = Embedder(config.method, setup.network, setup.recipe, setup.mesh)
+        examples = choose_examples(source, test, config.eval_examples)
         seconds = _train(
-            run, source, test, state, embedder, checkpoints, display, folder, signals
+            setup,
+            source,
+            state,
+            lambda state: monitor(state, examples, embedder, protocols),
+            checkpoints,
+            display,
+            folder,
+            signals,
         )
         final = checkpoints.restore(untrained)
         if final is None or int(final.step) != config.steps:
@@ -163,22 +188,23 @@ def _run(
             )
 
     end_on_sigterm()  # all is saved
-    examples = choose_examples(source, test, config.final_examples)
+    examples_at_end = choose_examples(source, test, config.final_examples)
     measured = signals.interruptibly(
         lambda: measure(
             final,
             untrained,
-            examples,
+            examples_at_end,
             embedder,
-            run.recipe,
+            setup.recipe,
+            protocols,
             folder / "clusters.csv",
             display.say,
         )
     )
     if measured is None:
-        _stop(signals, config, "after the last step, which is saved")
-    figures = (measured["collapse"], measured["embedding_collapse"])
-    if seconds["loss_collapse"] or any(each["collapse"] for each in figures):
+        stop_by_signal(signals, config, "after the last step, which is saved")
+    figures = [measured.get(name) for name in ("collapse", "embedding_collapse")]
+    if seconds["loss_collapse"] or any(each["collapse"] for each in figures if each):
         measured["advice"] = advice(config.method)
     results = {
         "method": config.method.name,
@@ -230,117 +256,55 @@ def explaining_memory(config: PretrainConfig) -> Iterator[None]:
 
 
 def _train(
-    run: Setup,
+    setup: Setup,
     source: Source,
-    test: Source,
     state: TrainState,
-    embedder: Embedder,
+    measured: Callable[[TrainState], Monitored],
     checkpoints: Checkpoints,
     display: Display,
     folder: Path,
     signals: Signals,
 ) -> dict[str, Any]:
-    """The loop: state after `steps` steps is in `checkpoints` when it returns."""
-    config, total, batch_size = run.config, run.config.steps, run.config.batch_size
+    """Takes the steps that are left, if any are; what `results.json` says of them."""
+    config = setup.config
+    total, batch_size = config.steps, config.batch_size
     assert total and batch_size
-    first = int(state.step)
-    past = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    past = [row for row in past if row["step"] <= first]
-    watch = LossWatch(run.collapsed_loss(), total, past)
+    first, path = int(state.step), folder / "metrics.jsonl"
+    past = [row for row in read_metrics(path) if "loss" in row and row["step"] <= first]
+    watch = LossWatch(setup.collapsed_loss(), total, past)
     if first >= total:
-        seconds = {"loss_collapse": watch.verdict()}
-        if past:
-            seconds["images_per_second"] = past[-1]["images_per_second"]
-        return seconds
-    monitor = choose_examples(source, test, config.eval_examples)
+        rate = {"images_per_second": past[-1]["images_per_second"]} if past else {}
+        return {"loss_collapse": watch.verdict(), **rate}
     with all_hosts():
-        metrics_file = MetricsFile(
-            folder / "metrics.jsonl" if is_first() else None, first + 1, display.say
-        )
-    stream = run.batches(source, first)
-    skipping = SkippedSteps(run.config, folder, state, display.say, checkpoints.wait)
-    shown: dict[str, float] = {}
-    explain_collapse = functools.cache(  # once
-        lambda: display.say(f"  {advice(config.method)}")
-    )
-    training = 0.0  # seconds in steps, without compilation and measurements
-    mark, marked, counted = time.monotonic(), first, 0
-    clock = StepClock()
-    display.start(total, first)
+        file = MetricsFile(path if is_first() else None, first + 1, display.say)
+    reporter = Reporter(file, display, watch, total, advice(config.method))
+    stream = setup.batches(source, first)
+    skipping = SkippedSteps(config, folder, state, display.say, checkpoints.wait)
+    throughput, clock = Throughput(batch_size, first), StepClock()
+    reporter.start(first)
     try:
-        images = signals.interruptibly(lambda: run.images(next(stream)))
-        if images is None:
-            _stop(signals, config, f"after step {first}, no other was taken")
-        for step in range(first + 1, total + 1):
-            assert images is not None  # else the run is stopped below
-            state, metrics = run.step(state, images)
-            clock.started(metrics["loss"])
-            checkpoints.check()
-            if step < total:  # the next batch is loaded while the devices work
-                images = signals.interruptibly(lambda: run.images(next(stream)))
-            if step % config.log_every == 0 or step in (first + 1, total):
-                row = {name: float(value) for name, value in metrics.items()}
-                skipped = skipping.report_skipped(step, state)
-                now = time.monotonic()
-                rate = (step - marked) * batch_size / (now - mark)
-                if marked > first:  # the first interval holds the compilation
-                    training += now - mark
-                    counted += step - marked
-                mark, marked = now, step
-                row = {
-                    "step": step,
-                    **row,
-                    "learning_rate": float(run.schedule(step - skipped - 1)),
-                    "skipped_steps": skipped,
-                    "images_per_second": round(rate, 1),
-                }
-                if source.unreadable:
-                    row["unreadable_images"] = len(source.unreadable)
-                if sentence := watch.logged(step, row["loss"]):
-                    display.say(f"step {step}: collapse, {sentence}")
-                    explain_collapse()
-                metrics_file.write(row)
-                shown = {
-                    "loss": row["loss"],
-                    **{name: row[name] for name in _terms(metrics)},
-                    "lr": row["learning_rate"],
-                    "std": row["embedding_std"],
-                    "images/s": rate,
-                } | {k: v for k, v in shown.items() if k == "kNN"}
-                display.step(step, total, shown)
-            if _due(step, config.eval_every) and step < total:
-                with clock.spent("measuring"):
-                    row = signals.interruptibly(
-                        lambda state=state: _monitor(embedder, monitor, state)
-                    )
-                if row is not None:
-                    for sentence in row.get("collapse", ()):
-                        display.say(f"step {step}: collapse, {sentence}")
-                    if "collapse" in row:
-                        explain_collapse()
-                    shown |= {"kNN": row["knn"]} if "knn" in row else {}
-                    metrics_file.write({"step": step, **row})
-                mark, marked = time.monotonic(), step
-            stopping = checkpoints.preempted(step) or signals.stopping
-            if stopping or step == total or _due(step, config.checkpoint_every):
-                skipping.report_skipped(step, state)
-                skipping.require_finite(step, state)
-                with clock.spent("saving"):
-                    checkpoints.save(step, state, last=stopping or step == total)
-            if stopping:
-                _stop(signals, config, f"after step {step}, which is saved")
+        Loop(
+            setup=setup,
+            source=source,
+            stream=stream,
+            monitor=measured,
+            reporter=reporter,
+            throughput=throughput,
+            clock=clock,
+            checkpoints=checkpoints,
+            skipping=skipping,
+            signals=signals,
+        ).run(state)
     finally:
-        display.stop()
-        metrics_file.close()
+        reporter.close()
         stream.close()
         spent = clock.stop()
     if spent:
         display.say(f"time after the first step: {describe(spent)}")
-    rate = counted * batch_size / training if training else 0.0
     return {
         "loss_collapse": watch.verdict(),
-        "images_per_second": round(rate, 1),
-        "training_seconds": round(training, 1),
+        "images_per_second": round(throughput.mean, 1),
+        "training_seconds": round(throughput.seconds, 1),
         "seconds_after_first_step": {k: round(v, 2) for k, v in spent.items()},
     }
 
@@ -352,40 +316,3 @@ def advice(method: Method) -> str:
         " (--optimizer.warmup-epochs), weaker views (--views.no-jitter, for one),"
         " images that are not nearly all alike. In the first steps a collapse may pass"
     )
-
-
-def _monitor(embedder: Embedder, examples: EvalSet, state: TrainState):
-    """What a row of metrics tells of a measurement during the run."""
-    embedded = embed_examples(examples, functools.partial(embedder.embed, state))
-    assert embedded.test.made.embedding is not None
-    figures = measure_collapse(embedded.test.made.embedding)
-    row: dict[str, Any] = {"effective_rank": figures["effective_rank"]}
-    if examples.num_classes:
-        row["knn"] = measure_knn(embedded)
-    if figures["collapse"]:
-        row["collapse"] = figures["collapse"]
-    return row
-
-
-def _stop(signals: Signals, config: PretrainConfig, where: str) -> NoReturn:
-    """Ends a run because of a signal, once what is being saved is saved."""
-    command = ["jemjax", "pretrain", config.method.name, "--config"]
-    command += [str(Path(config.output or "") / "config.toml"), "--resume"]
-    command += ["--multihost"] if jax.process_count() > 1 else []
-    command += [] if config.fallback else ["--no-fallback"]
-    if config.allow_change:
-        command += ["--allow-change", *config.allow_change]
-    stop(
-        f"stopped by {signals.name} {where}; it continues with:\n"
-        f"  {shlex.join(command)}",
-        signals.exit_code,
-    )
-
-
-def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step % every == 0
-
-
-def _terms(metrics) -> list[str]:
-    others = ("loss", "embedding_std", "gradient_norm")
-    return [name for name in metrics if name not in others]

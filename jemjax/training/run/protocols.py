@@ -1,11 +1,12 @@
-"""How good a representation is, by the protocols of `evaluation`."""
+"""How good a representation is: a list of protocols, to which others can be added."""
 
+import abc
 import csv
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +47,230 @@ MAX_SCORES = 2**25
 PROBE_ITERATIONS = 100
 
 
+class Measured(NamedTuple):
+    """What a protocol is given."""
+
+    embedded: EmbeddedSet
+    """what a network makes of the images"""
+    examples: EvalSet
+    """the images"""
+    num_prototypes: int = 0
+    """K, where the method compares its branches by clusters"""
+    scores: Callable[[np.ndarray], np.ndarray] | None = None
+    """(n, H, W, C) images -> (n, K) scores, where there are prototypes"""
+    clusters: Path | None = None
+    """the file for the prototype of each test image"""
+
+
+class Protocol(abc.ABC):
+    """A way to measure what a network has learned.
+
+    A subclass with a name and `measure` is enough: `pretrain` and `evaluate` take a
+    list of protocols, `(*PROTOCOLS, Mine())`.
+    """
+
+    name: str
+    """of the figure in `results.json`"""
+    compared: ClassVar[bool] = True
+    """whether the network as it began and raw pixels are measured beside it"""
+
+    def applies(self, examples: EvalSet, num_prototypes: int) -> bool:
+        """Whether there is something to measure; unless overridden, where labels are.
+
+        Args:
+            examples: the images.
+            num_prototypes: K; 0: the method has none.
+        """
+        return examples.num_classes > 0
+
+    @abc.abstractmethod
+    def measure(self, given: Measured) -> Any:
+        """A number, or numbers by name, as JSON holds them."""
+
+    def monitor(self, given: Measured) -> tuple[dict[str, float], list[str]]:
+        """What is told during the run, where that is cheap enough; else nothing.
+
+        Returns:
+            Figures by name for `metrics.jsonl`, and sentences that name a collapse.
+        """
+        return {}, []
+
+
+class Collapse(Protocol):
+    """The figures that show collapse, of features or of embeddings."""
+
+    compared = False
+
+    def __init__(self, name: str, of: Literal["features", "embedding"]):
+        self.name, self._of = name, of
+
+    def applies(self, examples: EvalSet, num_prototypes: int) -> bool:
+        """Labels are not needed."""
+        return True
+
+    def measure(self, given: Measured) -> dict[str, Any]:
+        """As `measure_collapse`."""
+        return measure_collapse(getattr(given.embedded.test.made, self._of))
+
+    def monitor(self, given: Measured) -> tuple[dict[str, float], list[str]]:
+        """The rank of the embeddings."""
+        if self._of == "features":
+            return {}, []
+        figures = self.measure(given)
+        return {"effective_rank": figures["effective_rank"]}, figures["collapse"]
+
+
+class Clusters(Protocol):
+    """How clusters agree with labels, and how many of them are used."""
+
+    name = "clusters"
+    compared = False
+
+    def applies(self, examples: EvalSet, num_prototypes: int) -> bool:
+        """Of methods with prototypes; labels are not needed for all of it."""
+        return num_prototypes > 0
+
+    def measure(self, given: Measured) -> dict[str, float]:
+        """As `measure_clusters`; the prototype of each test image goes into a file."""
+        assert given.clusters is not None and given.scores is not None
+        with all_hosts():
+            if is_first():
+                _write_clusters(given.clusters, given.embedded, given.examples)
+        return measure_clusters(
+            given.embedded, given.examples, given.num_prototypes, given.scores
+        )
+
+
+class KNN(Protocol):
+    """Weighted kNN."""
+
+    name = "knn"
+
+    def measure(self, given: Measured) -> float:
+        """The accuracy."""
+        return measure_knn(given.embedded)
+
+    def monitor(self, given: Measured) -> tuple[dict[str, float], list[str]]:
+        """The same, during the run."""
+        return {self.name: self.measure(given)}, []
+
+
+class FewLabels(Protocol):
+    """Weighted kNN with few labels."""
+
+    name = "knn_10_labels"
+
+    def measure(self, given: Measured) -> float:
+        """The accuracy, averaged over draws of the labelled images."""
+        return measure_few_labels(given.embedded)
+
+
+class LinearProbe(Protocol):
+    """Logistic regression on the features."""
+
+    name = "linear"
+
+    def measure(self, given: Measured) -> float:
+        """The accuracy."""
+        return measure_linear(given.embedded)
+
+
+# In the order of `results.json`.
+PROTOCOLS: tuple[Protocol, ...] = (
+    Collapse("collapse", "features"),
+    Collapse("embedding_collapse", "embedding"),
+    Clusters(),
+    KNN(),
+    FewLabels(),
+    LinearProbe(),
+)
+
+
+def measure(
+    trained: TrainState,
+    untrained: TrainState,
+    examples: EvalSet,
+    embedder: Embedder,
+    recipe: ViewRecipe,
+    protocols: Sequence[Protocol],
+    clusters: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The final figures, by protocol: of the trained network and what it is beside.
+
+    That is the network as it began, and raw pixels.
+
+    Args:
+        trained: the state of the run.
+        untrained: the same, as it began.
+        examples: what to measure on.
+        embedder: the network.
+        recipe: how images reach it.
+        protocols: how to measure.
+        clusters: the file for the prototype of each test image, if there are any.
+        say: where progress is told.
+
+    Returns:
+        What `results.json` holds of it.
+    """
+    embedders = {
+        "trained": functools.partial(embedder.embed, trained),
+        "untrained": functools.partial(embedder.embed, untrained),
+        "pixels": make_pixels(recipe),
+    }
+    scores = functools.partial(embedder.scores, trained)
+    count = embedder.num_prototypes
+    results: dict[str, Any] = {}
+    for name, embed in embedders.items():
+        chosen = [
+            protocol
+            for protocol in protocols
+            if (protocol.compared or name == "trained")
+            and protocol.applies(examples, count)
+        ]
+        if not chosen:
+            continue
+        say(f"measuring: {name}")
+        embedded = embed_examples(examples, embed)
+        given = Measured(embedded, examples, count, scores, clusters)
+        for protocol in chosen:
+            figure = protocol.measure(given)
+            if protocol.compared:
+                results.setdefault(protocol.name, {})[name] = figure
+            else:
+                results[protocol.name] = figure
+    return results
+
+
+def monitor(
+    state: TrainState,
+    examples: EvalSet,
+    embedder: Embedder,
+    protocols: Sequence[Protocol],
+) -> tuple[dict[str, float], list[str]]:
+    """What is measured during the run.
+
+    Args:
+        state: of the run.
+        examples: what to measure on.
+        embedder: the network.
+        protocols: how to measure.
+
+    Returns:
+        Figures by name, and sentences that name a collapse.
+    """
+    embedded = embed_examples(examples, functools.partial(embedder.embed, state))
+    given = Measured(embedded, examples, embedder.num_prototypes)
+    figures: dict[str, float] = {}
+    collapse: list[str] = []
+    for protocol in protocols:
+        if protocol.applies(examples, embedder.num_prototypes):
+            found, sentences = protocol.monitor(given)
+            figures |= found
+            collapse += sentences
+    return figures, collapse
+
+
 def measure_knn(embedded: EmbeddedSet) -> float:
     """Accuracy of weighted kNN."""
     train, test, num_classes = embedded
@@ -59,8 +284,8 @@ def measure_knn(embedded: EmbeddedSet) -> float:
     )
 
 
-def measure_protocols(embedded: EmbeddedSet) -> dict[str, float]:
-    """Every protocol of features that needs labels."""
+def measure_few_labels(embedded: EmbeddedSet) -> float:
+    """Accuracy of weighted kNN with few labels a class, averaged over draws of them."""
     train, test, num_classes = embedded
     few = []
     for draw in range(FEW_LABEL_DRAWS):
@@ -75,6 +300,12 @@ def measure_protocols(embedded: EmbeddedSet) -> dict[str, float]:
                 num_classes=num_classes,
             )
         )
+    return float(np.mean(few))
+
+
+def measure_linear(embedded: EmbeddedSet) -> float:
+    """Accuracy of a linear probe."""
+    train, test, num_classes = embedded
     probe = linear_probe(
         train.made.features,
         train.labels,
@@ -83,11 +314,7 @@ def measure_protocols(embedded: EmbeddedSet) -> dict[str, float]:
         num_classes=num_classes,
         max_iterations=PROBE_ITERATIONS,
     )
-    return {
-        "knn": measure_knn(embedded),
-        "knn_10_labels": float(np.mean(few)),
-        "linear": float(probe.accuracy),
-    }
+    return float(probe.accuracy)
 
 
 def measure_clusters(
@@ -151,64 +378,6 @@ def measure_collapse(embeddings: np.ndarray) -> dict[str, Any]:
             normalized_std=spread, effective_rank=rank, dimension=dimension
         ),
     }
-
-
-def measure(
-    trained: TrainState,
-    untrained: TrainState,
-    examples: EvalSet,
-    embedder: Embedder,
-    recipe: ViewRecipe,
-    clusters: Path,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """The final figures, by protocol: of the trained network and what it is beside.
-
-    That is the network as it began, and raw pixels.
-
-    Args:
-        trained: the state of the run.
-        untrained: the same, as it began.
-        examples: what to measure on.
-        embedder: the network.
-        recipe: how images reach it.
-        clusters: the file for the prototype of each test image, if there are any.
-        say: where progress is told.
-
-    Returns:
-        What `results.json` holds of it.
-    """
-    embedders = {
-        "trained": functools.partial(embedder.embed, trained),
-        "untrained": functools.partial(embedder.embed, untrained),
-        "pixels": make_pixels(recipe),
-    }
-    results: dict[str, Any] = {}
-    for name, embed in embedders.items():
-        if not examples.num_classes and name != "trained":
-            continue
-        say(f"measuring: {name}")
-        embedded = embed_examples(examples, embed)
-        if name == "trained":
-            assert embedded.test.made.embedding is not None
-            results["collapse"] = measure_collapse(embedded.test.made.features)
-            results["embedding_collapse"] = measure_collapse(
-                embedded.test.made.embedding
-            )
-            if embedder.num_prototypes:
-                with all_hosts():
-                    if is_first():
-                        _write_clusters(clusters, embedded, examples)
-                results["clusters"] = measure_clusters(
-                    embedded,
-                    examples,
-                    embedder.num_prototypes,
-                    functools.partial(embedder.scores, trained),
-                )
-        if examples.num_classes:
-            for protocol, figure in measure_protocols(embedded).items():
-                results.setdefault(protocol, {})[name] = figure
-    return results
 
 
 def _write_clusters(path: Path, embedded: EmbeddedSet, examples: EvalSet) -> None:
