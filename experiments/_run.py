@@ -7,9 +7,10 @@ prepare_process()  # before jax starts
 import tyro  # noqa: E402
 
 from jemjax.cli import reporting_errors  # noqa: E402
-from jemjax.training.config import PretrainConfig, with_given_length  # noqa: E402
-from jemjax.training.hosts import leaving_at_once  # noqa: E402
-from jemjax.training.loop import pretrain  # noqa: E402
+from jemjax.training.config.options import PretrainConfig  # noqa: E402
+from jemjax.training.config.resolve import with_given_length  # noqa: E402
+from jemjax.training.process.distributed import leaving_at_once  # noqa: E402
+from jemjax.training.run.pretrain import pretrain  # noqa: E402
 
 
 def run(recipe: PretrainConfig) -> None:

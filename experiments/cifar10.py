@@ -10,7 +10,7 @@ too: in so short a time the number of images and steps counts for most.
 from _run import run
 
 from jemjax.methods import VICReg
-from jemjax.training.config import OptimizerOptions, PretrainConfig
+from jemjax.training.config.options import OptimizerOptions, PretrainConfig
 
 CONFIG = PretrainConfig(
     method=VICReg(projector=(512, 512, 512)),

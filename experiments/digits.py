@@ -9,7 +9,7 @@ flipped, since their mirror images are other signs.
 from _run import run
 
 from jemjax.methods import VICReg
-from jemjax.training.config import PretrainConfig
+from jemjax.training.config.options import PretrainConfig
 
 CONFIG = PretrainConfig(method=VICReg(), data="digits")
 

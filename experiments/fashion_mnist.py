@@ -9,7 +9,7 @@ Measured figures are in experiments/README.md.
 from _run import run
 
 from jemjax.methods import VICReg
-from jemjax.training.config import OptimizerOptions, PretrainConfig
+from jemjax.training.config.options import OptimizerOptions, PretrainConfig
 
 CONFIG = PretrainConfig(
     method=VICReg(projector=(512, 512, 512)),

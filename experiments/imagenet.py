@@ -11,7 +11,7 @@ docs/tpu.md runs it on a TPU slice.
 from _run import run
 
 from jemjax.methods import VICReg
-from jemjax.training.config import OptimizerOptions, PretrainConfig
+from jemjax.training.config.options import OptimizerOptions, PretrainConfig
 
 CONFIG = PretrainConfig(
     method=VICReg(projector=(8192, 8192, 8192)),

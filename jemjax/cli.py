@@ -139,9 +139,10 @@ def _pretrain(arguments: list[str]) -> None:
     # VICReg's word for a projector to more dimensions.
     arguments = [re.sub(r"^--expander(?=$|=)", "--projector", a) for a in arguments]
     with _importing("pretrain"):
-        from jemjax.training.config import PretrainConfig, with_given_length
-        from jemjax.training.hosts import leaving_at_once
-        from jemjax.training.loop import pretrain
+        from jemjax.training.config.options import PretrainConfig
+        from jemjax.training.config.resolve import with_given_length
+        from jemjax.training.process.distributed import leaving_at_once
+        from jemjax.training.run.pretrain import pretrain
     default = _read_config(path, name)
     config = _parse(
         PretrainConfig,
@@ -166,8 +167,8 @@ def _preview(arguments: list[str]) -> None:
     with _importing("preview"):
         import dataclasses
 
-        from jemjax.training.config import InputConfig
-        from jemjax.training.preview import PreviewConfig, preview
+        from jemjax.training.config.options import InputConfig
+        from jemjax.training.inspect.preview import PreviewConfig, preview
     given = _read_config(path, name)
     shared = [field.name for field in dataclasses.fields(InputConfig)]
     config = _parse(
@@ -188,7 +189,8 @@ def _read_config(path: str | None, method: str):
     from pathlib import Path
 
     from jemjax.methods import METHODS
-    from jemjax.training.config import PretrainConfig, from_toml
+    from jemjax.training.config.file import from_toml
+    from jemjax.training.config.options import PretrainConfig
 
     default = PretrainConfig(method=METHODS[method]())
     return default if path is None else from_toml(Path(path), default)
@@ -230,8 +232,8 @@ def _evaluate(arguments: list[str]) -> None:
         from jemjax.runtime import prepare_process
 
         prepare_process()
-        from jemjax.training.evaluate import evaluate
-        from jemjax.training.hosts import leaving_at_once
+        from jemjax.training.process.distributed import leaving_at_once
+        from jemjax.training.run.evaluate import evaluate
 
         with leaving_at_once():
             evaluate(
@@ -261,7 +263,7 @@ def _replay(arguments: list[str]) -> None:
         from jemjax.runtime import prepare_process
 
         prepare_process()
-        from jemjax.training.replay import replay
+        from jemjax.training.inspect.replay import replay
 
         replay(Path(run), step=step, data_dir=data_dir)
 
@@ -334,7 +336,7 @@ def _data_check(arguments: list[str]) -> None:
         """
         from jemjax.data import Reading
         from jemjax.data.check import check
-        from jemjax.training.metrics import Display
+        from jemjax.training.reporting.display import Display
 
         given = {"value_range": value_range, "max_pixels": max_pixels}
         display = Display()
@@ -367,12 +369,12 @@ def _checkpoint(arguments: list[str]) -> None:
     _choose("checkpoint command", name, ("list", "verify", "prune"))
     from pathlib import Path
 
-    from jemjax.training import stored
-    from jemjax.training.lock import locked
+    from jemjax.training.storage import manifest
+    from jemjax.training.storage.folder import locked
 
-    def show(run: str, contents: bool) -> list[stored.Row]:
-        rows = stored.list_checkpoints(
-            stored.find_checkpoints(Path(run)), contents=contents
+    def show(run: str, contents: bool) -> list[manifest.Row]:
+        rows = manifest.list_checkpoints(
+            manifest.find_checkpoints(Path(run)), contents=contents
         )
         for row in rows:
             size = f"{row.size / 1e6:,.1f} MB"
@@ -407,9 +409,9 @@ def _checkpoint(arguments: list[str]) -> None:
             run: the folder of the run, to which nothing is writing.
             keep: how many checkpoints stay.
         """
-        checkpoints = stored.find_checkpoints(Path(run))
+        checkpoints = manifest.find_checkpoints(Path(run))
         with locked(checkpoints.resolve().parent):
-            gone, size = stored.prune(checkpoints, keep)
+            gone, size = manifest.prune(checkpoints, keep)
         print(f"deleted {', '.join(gone) or 'nothing'}: {size / 1e6:,.1f} MB")
 
     functions = {"list": list_, "verify": verify, "prune": prune}

@@ -9,9 +9,9 @@ import pytest
 
 import jemjax
 from jemjax.data import ArraySource
-from jemjax.training.features import Embedded, Examples, Made
-from jemjax.training.measure import _write_clusters
-from jemjax.training.metrics import Display
+from jemjax.training.reporting.display import Display
+from jemjax.training.run.embedder import EmbeddedSet, EmbeddedSplit, EvalSet, Features
+from jemjax.training.run.protocols import _write_clusters
 
 PACKAGE = pathlib.Path(jemjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -91,11 +91,10 @@ def test_no_class_name_is_a_formula_of_a_spreadsheet(tmp_path):
     names = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", 'comma, "quote"', "cat"]
     labels = np.arange(6)
     source = ArraySource(np.zeros((6, 2, 2, 1), np.uint8), labels, class_names=names)
-    made = Made(np.zeros((6, 2)), cluster=np.zeros(6, np.int64))
-    examples = Examples(source, labels, source, labels, 6)
-    _write_clusters(
-        tmp_path / "clusters.csv", Embedded(made, labels, made, labels, 6), examples
-    )
+    made = Features(np.zeros((6, 2)), cluster=np.zeros(6, np.int64))
+    examples = EvalSet(source, labels, source, labels, 6)
+    split = EmbeddedSplit(made, labels)
+    _write_clusters(tmp_path / "clusters.csv", EmbeddedSet(split, split, 6), examples)
     with open(tmp_path / "clusters.csv", newline="") as file:
         written = [row["label"] for row in csv.DictReader(file)]
     assert written == [f"'{name}" for name in names[:4]] + names[4:]

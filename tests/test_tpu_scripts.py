@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jemjax import cli
-from jemjax.training import loop
+from jemjax.training.run import pretrain as loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "experiments/tpu/launch.sh"

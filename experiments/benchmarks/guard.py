@@ -21,9 +21,10 @@ import numpy as np  # noqa: E402
 
 from jemjax.data import open_data  # noqa: E402
 from jemjax.methods import METHODS  # noqa: E402
-from jemjax.training import step as step_module  # noqa: E402
-from jemjax.training.config import PretrainConfig, resolve  # noqa: E402
-from jemjax.training.run import build  # noqa: E402
+from jemjax.training.config.options import PretrainConfig  # noqa: E402
+from jemjax.training.config.resolve import resolve  # noqa: E402
+from jemjax.training.run.setup import build  # noqa: E402
+from jemjax.training.step import update  # noqa: E402
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def compile_step(run, images, guarded: bool):
         skipped = state.skipped._replace(in_a_row=jnp.zeros((), jnp.int32))
         return run.step.__wrapped__(state.replace(skipped=skipped), images)
 
-    with unittest.mock.patch.object(step_module, "all_finite", lambda _: np.True_):
+    with unittest.mock.patch.object(update, "all_finite", lambda _: np.True_):
         step = jax.jit(unguarded, donate_argnums=0)
         return step.lower(run.init(), images).compile()
 

@@ -125,7 +125,7 @@ class Peer:
 
     def __init__(self, options: Options, folder: Path):
         from jemjax.data import in_memory, spread
-        from jemjax.training.inputs import open_part
+        from jemjax.training.run.inputs import open_part
 
         assert options.peers is not None
         self.options, self.folder = options, folder
@@ -147,7 +147,8 @@ class Peer:
 
     def _config(self, seed: int, steps: int):
         from jemjax.methods import METHODS
-        from jemjax.training.config import PretrainConfig, from_toml
+        from jemjax.training.config.file import from_toml
+        from jemjax.training.config.options import PretrainConfig
 
         default = PretrainConfig(method=METHODS[self.options.method]())
         if self.options.config is not None:
@@ -160,10 +161,10 @@ class Peer:
         """What a run of jemjax with these options does, in numbers and names."""
         import jax
 
-        from jemjax.methods import Clock
+        from jemjax.methods import Progress
         from jemjax.models import ResNet
-        from jemjax.training.config import resolve
-        from jemjax.training.run import build
+        from jemjax.training.config.resolve import resolve
+        from jemjax.training.run.setup import build
 
         config = resolve(self._config(seed, steps), self.train)
         run = build(config, self.train)
@@ -176,7 +177,7 @@ class Peer:
         momenta = None
         if method.target == "momentum":
             momenta = jax.vmap(
-                lambda step: method.momentum(Clock(step, run.steps_per_epoch, steps))
+                lambda step: method.momentum(Progress(step, run.steps_per_epoch, steps))
             )(np.arange(steps)).tolist()
         prototypes: Any = method.make_prototypes()
         return {
@@ -254,8 +255,8 @@ class Peer:
 
     def run(self, seed: int, steps: int, timed: bool = False) -> dict[str, Any]:
         """A training in the peers' environment, and its measurements."""
-        from jemjax.training.features import Embedded, Made
-        from jemjax.training.measure import measure_knn, measure_protocols
+        from jemjax.training.run.embedder import EmbeddedSet, EmbeddedSplit, Features
+        from jemjax.training.run.protocols import measure_knn, measure_linear
 
         spec = self.spec(seed, steps)
         if timed:
@@ -283,15 +284,13 @@ class Peer:
         with np.load(output.with_suffix(".npz")) as file:
             for name, suffix in (("trained", ""), ("untrained", "_untrained")):
                 train, test = np.split(file[name], [len(train_labels)])
-                embedded = Embedded(
-                    Made(train),
-                    train_labels,
-                    Made(test),
-                    test_labels,
+                embedded = EmbeddedSet(
+                    EmbeddedSplit(Features(train), train_labels),
+                    EmbeddedSplit(Features(test), test_labels),
                     self.train.num_classes,
                 )
                 row[f"knn{suffix}"] = measure_knn(embedded)
-                row[f"linear{suffix}"] = measure_protocols(embedded)["linear"]
+                row[f"linear{suffix}"] = measure_linear(embedded)
         return row
 
 

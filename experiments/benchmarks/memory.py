@@ -23,9 +23,10 @@ import tyro  # noqa: E402
 from jemjax.cli import reporting_errors  # noqa: E402
 from jemjax.data.sources import ArraySource  # noqa: E402
 from jemjax.methods import METHODS  # noqa: E402
-from jemjax.training.config import PretrainConfig, resolve  # noqa: E402
-from jemjax.training.mesh import make_mesh  # noqa: E402
-from jemjax.training.run import build  # noqa: E402
+from jemjax.training.config.options import PretrainConfig  # noqa: E402
+from jemjax.training.config.resolve import resolve  # noqa: E402
+from jemjax.training.run.setup import build  # noqa: E402
+from jemjax.training.step.sharding import make_mesh  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def run(begun: float, arguments: list[str]) -> None:
     import jax
     from jax import monitoring
 
-    from jemjax.training import loop
+    from jemjax.training.run import pretrain as loop
 
     seconds = {"importing": time.time() - begun, "tracing": 0.0, "reading": 0.0}
     seconds["compiling"] = 0.0

@@ -25,8 +25,9 @@ def built(method, backbone, batch_size, hyper, **options):
 
     from jemjax.data.sources import ArraySource
     from jemjax.methods import METHODS
-    from jemjax.training.config import PretrainConfig, resolve
-    from jemjax.training.run import build
+    from jemjax.training.config.options import PretrainConfig
+    from jemjax.training.config.resolve import resolve
+    from jemjax.training.run.setup import build
 
     images = photos(batch_size, SIZE)
     source = ArraySource(images, name="photos")
@@ -55,7 +56,7 @@ def steps_of(run, images):
 
 def jemjax(method, backbone, batch_size):
     """The step of `jemjax pretrain`, with the peers' heads and optimizer."""
-    from jemjax.training.config import OptimizerOptions
+    from jemjax.training.config.options import OptimizerOptions
 
     hyper = {"projector": WIDTHS}
     if method == "dino":

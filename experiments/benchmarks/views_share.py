@@ -9,7 +9,7 @@ STEP = "the whole step"
 
 def ours(backbone, batch_size, color=None):
     """VICReg's run with its recipe for small images, and a batch on the device."""
-    from jemjax.training.config import ViewOptions
+    from jemjax.training.config.options import ViewOptions
 
     return built("vicreg", backbone, batch_size, {}, views=ViewOptions(color=color))
 

@@ -21,9 +21,9 @@ from _tiny import EVERY, STEPS, finish
 
 from jemjax.data import open_data
 from jemjax.errors import CheckpointError
-from jemjax.training.checkpoints import Checkpoints, fingerprint
-from jemjax.training.output import load_config
-from jemjax.training.run import build
+from jemjax.training.run.setup import build
+from jemjax.training.storage.checkpoints import Checkpoints, fingerprint
+from jemjax.training.storage.provenance import load_config
 
 NEWEST, BEFORE = str(STEPS), str(STEPS - EVERY)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from _tiny import EVERY, METHODS, STEPS, finish, said, start
 
-from jemjax.training import stored
-from jemjax.training.metrics import read_metrics
+from jemjax.training.reporting.metrics_file import read_metrics
+from jemjax.training.storage import manifest
 
 SAVING = "while checkpoint {} was written"
 
@@ -33,7 +33,7 @@ def kill(method: str, folder: Path, draw: random.Random, duration: float) -> str
     """Starts or resumes a run and kills it; says where that fell, "" if too late."""
     process = start(method, folder)
     began = time.monotonic()
-    done = max(stored.saved_steps(folder / "checkpoints"), default=0)
+    done = max(manifest.saved_steps(folder / "checkpoints"), default=0)
     if draw.random() < 0.5 and done < STEPS:
         step = str(draw.randrange(done + EVERY, STEPS + 1, EVERY))
         while process.poll() is None and being_written(folder) != step:

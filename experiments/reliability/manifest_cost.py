@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jemjax.training import stored
-from jemjax.training.checkpoints import Checkpoints
-from jemjax.training.state import Skipped, TrainState
+from jemjax.training.step.state import Skipped, TrainState
+from jemjax.training.storage import manifest
+from jemjax.training.storage.checkpoints import Checkpoints
 
 
 def make_state(megabytes: float, arrays: int = 160) -> TrainState:
@@ -52,14 +52,14 @@ def main() -> None:
     parser.add_argument("--folder", help="on the disk to measure", default=None)
     arguments = parser.parse_args()
     parts: list[float] = []
-    finish = stored.finish
+    finish = manifest.finish
 
     def timed(*values):
         began = time.perf_counter()
         finish(*values)
         parts.append(time.perf_counter() - began)
 
-    stored.finish = timed
+    manifest.finish = timed
     for megabytes in arguments.megabytes:
         state = jax.block_until_ready(make_state(megabytes))
         wholes, calls = [], []
@@ -76,7 +76,7 @@ def main() -> None:
                 checkpoints.restore(state)
                 restore = time.perf_counter() - began
                 began = time.perf_counter()
-                stored.verify(Path(place, "checkpoints", str(arguments.saves)))
+                manifest.verify(Path(place, "checkpoints", str(arguments.saves)))
                 verify = time.perf_counter() - began
         # The first also makes the programs that copy.
         whole, call, part = (statistics.median(x[1:]) for x in (wholes, calls, parts))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jemjax._kernels.fusion import materialize
 from jemjax.augment.inputs import (
     Array,
     Scalar,
@@ -16,7 +17,6 @@ from jemjax.augment.inputs import (
     check_number,
     example_keys,
     is_number,
-    materialize,
     per_example,
     rows_as,
     sharding_of_rows,

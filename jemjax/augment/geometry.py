@@ -1,13 +1,12 @@
 """Where the pixels of a view come from: boxes, resizing and mirroring."""
 
-import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jemjax._kernels.taps import Taps, mix
 from jemjax.augment.inputs import (
     Array,
     Range,
@@ -18,7 +17,6 @@ from jemjax.augment.inputs import (
     check_range,
     check_size,
     example_keys,
-    materialize,
     rows_as,
     to_floats,
     uniforms,
@@ -29,9 +27,6 @@ Method = Literal["bilinear", "bicubic"]
 TRIES = 10  # boxes that are drawn before the centered one is taken
 # Uniform numbers for a box: area and aspect of each try, and the place.
 BOX_DRAWS = 2 * TRIES + 2
-# Except on CPUs, images up to this side are mixed by products with whole matrices; of
-# all others only the pixels that have a weight are read. A guess: no chip was timed.
-LARGEST_PRODUCT = 64
 
 
 def random_resized_crop(
@@ -193,15 +188,6 @@ def crop_and_resize(
     return crop_boxes(images, boxes, out_size, method, antialias=antialias)
 
 
-class Taps(NamedTuple):
-    """Which pixels of an axis an output pixel is a mixture of: T of them."""
-
-    sources: jax.Array
-    """(N, out, T) indices of pixels, int32"""
-    weights: jax.Array
-    """(N, out, T), sums 1"""
-
-
 def crop_boxes(
     images: jax.Array,
     boxes: jax.Array,
@@ -232,11 +218,7 @@ def crop_boxes(
     if mirrored is not None:
         turned = mirrored[:, None, None]
         columns = Taps(*(jnp.where(turned, x[:, ::-1], x) for x in columns))
-    if max(height, width) > LARGEST_PRODUCT:
-        return mix_by_taps(images, rows, columns)
-    return lax.platform_dependent(
-        images, rows, columns, cpu=mix_by_taps, default=mix_by_products
-    )
+    return mix(images, rows, columns)
 
 
 def resize(images: jax.Array, size: int, method: Method) -> jax.Array:
@@ -304,58 +286,6 @@ def _fallback_box(
     if width / height > widest:
         return height, max(1, round(height * widest))
     return height, width
-
-
-def mix_by_taps(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
-    """Mixes rows and columns of each image, reading only pixels that have a weight.
-
-    Args:
-        images: (N, H, W, C) float32.
-        rows: (N, height, T).
-        columns: (N, width, T).
-
-    Returns:
-        (N, height, width, C) float32.
-    """
-    rows, columns = materialize((rows, columns))
-    images = materialize(_mix(images, rows, axis=1))
-    return materialize(_mix(images, columns, axis=2))
-
-
-def mix_by_products(images: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
-    """`mix_by_taps` as products with matrices: rows @ image @ columns'.
-
-    At full precision, or the pixels would be those of another image on a TPU.
-    """
-    _, height, width, _ = images.shape
-    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    mixed = product("nyh,nhwc->nywc", _matrix(rows, height), images)
-    return product("nywc,nxw->nyxc", mixed, _matrix(columns, width))
-
-
-def _mix(images: jax.Array, taps: Taps, axis: int) -> jax.Array:
-    """Mixes the rows of each image, axis 1, or its columns, axis 2."""
-    beside = (2, 3) if axis == 1 else (1, 3)
-
-    # Rows are read in long runs. Of columns each pixel is told where to read, or XLA on
-    # CPUs gathers whole columns, and transposes what it has.
-    def part(tap):
-        sources = jnp.expand_dims(taps.sources[..., tap], beside)
-        if axis == 2:
-            told = (*images.shape[:2], sources.shape[2], 1)
-            sources = jnp.broadcast_to(sources, told)
-        read = jnp.take_along_axis(images, sources, axis, mode="promise_in_bounds")
-        return jnp.expand_dims(taps.weights[..., tap], beside) * read
-
-    return functools.reduce(jnp.add, map(part, range(taps.sources.shape[-1])))
-
-
-def _matrix(taps: Taps, pixels: int) -> jax.Array:
-    """The weights of all pixels of the axis: (N, out, pixels)."""
-    numbers = jnp.arange(pixels, dtype=jnp.int32).reshape(1, 1, 1, -1)
-    chosen = taps.sources[..., None] == numbers
-    # (N, out, T, pixels) -> (N, out, pixels)
-    return jnp.sum(jnp.where(chosen, taps.weights[..., None], 0.0), axis=2)
 
 
 def _antialiased(

@@ -2,12 +2,11 @@
 
 import math
 import numbers
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
@@ -21,7 +20,6 @@ Array = jax.Array | np.ndarray
 Scalar = Number | Array  # a number, or a traced scalar
 Range = tuple[Number, Number]
 Size = Whole | tuple[Whole, Whole]
-Arrays = TypeVar("Arrays")  # an array, or a tuple of them
 
 
 def to_floats(images: Any) -> jax.Array:
@@ -92,15 +90,6 @@ def sharding_of_rows(array: jax.Array) -> NamedSharding | None:
 def at_least_float32(dtype: Any) -> np.dtype:
     """What float32 and this dtype are promoted to, also where promotion is strict."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def materialize(arrays: Arrays) -> Arrays:
-    """Has arrays computed once, although what follows reads them several times.
-
-    Gray needs each channel of a pixel, and each channel then needs gray: left to fuse
-    a chain of such operations, XLA computes the first again for every use in the last.
-    """
-    return lax.optimization_barrier(arrays)
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:

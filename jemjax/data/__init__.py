@@ -2,8 +2,9 @@
 
 from jemjax.data.crops import Crop
 from jemjax.data.folders import FolderSource
+from jemjax.data.headers import spread
 from jemjax.data.images import Reading, read_image
-from jemjax.data.opening import open_data
+from jemjax.data.open import open_data
 from jemjax.data.pipeline import batches
 from jemjax.data.sources import (
     ArraySource,
@@ -12,7 +13,6 @@ from jemjax.data.sources import (
     in_memory,
     load_arrays,
 )
-from jemjax.data.survey import spread
 from jemjax.data.tfds import TFDSSource
 from jemjax.errors import DataError
 

@@ -19,7 +19,7 @@ from jemjax.data.images import (
     Reading,
     inspect_image,
 )
-from jemjax.data.opening import open_data
+from jemjax.data.open import open_data
 from jemjax.data.sources import ArraySource, EncodedSource, Progress, Source
 from jemjax.errors import DataError, printable
 

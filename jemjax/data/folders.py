@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jemjax.data.headers import DEFAULT_IMAGE_SIZE, choose_size, survey_folder
 from jemjax.data.images import EXTENSIONS, Reading
 from jemjax.data.sources import (
     Encoded,
@@ -16,7 +17,6 @@ from jemjax.data.sources import (
     digest_of,
     file_sizes,
 )
-from jemjax.data.survey import DEFAULT_IMAGE_SIZE, choose_size, survey_folder
 from jemjax.errors import DataError, printable
 
 

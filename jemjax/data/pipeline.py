@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import functools
 import math
-import mmap
 import multiprocessing
 import multiprocessing.connection
 import operator
@@ -19,13 +18,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jemjax.data import images
 from jemjax.data.crops import Crop, gather_crops
 from jemjax.data.sources import ArraySource, EncodedSource, Source
+from jemjax.data.workers import (
+    mark_flags_as_parsed,
+    signals_wait,
+    start_worker,
+    workers_of,
+)
 from jemjax.errors import DataError
 
 # Seconds after which a batch that does not come is given up.
@@ -107,15 +112,15 @@ def batches(
     )
     if not workers:
         return Batches(iter(dataset), source, timeout)
-    _mark_flags_as_parsed()
+    mark_flags_as_parsed()
     notes = Path(tempfile.mkdtemp(prefix="jemjax-workers-"))
     # Whole batches are dealt out to the workers and taken back in turn, so their
     # number changes nothing.
     dataset = dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers),
-        worker_init_fn=functools.partial(_start_worker, notes),
+        worker_init_fn=functools.partial(start_worker, notes),
     )
-    with _signals_wait():
+    with signals_wait():
         iterator = iter(dataset)
     return Batches(iterator, source, timeout, notes)
 
@@ -187,7 +192,7 @@ class Batches(Iterator[dict[str, Any]]):
 
     def _ended(self, error: RuntimeError) -> Exception:
         """What to say of an error of Grain's, most of which are of ended workers."""
-        ended = [worker for worker in _workers(self._notes) if not worker.alive]
+        ended = [worker for worker in workers_of(self._notes) if not worker.alive]
         if not ended:
             return error
         worker = ended[0]
@@ -200,7 +205,7 @@ class Batches(Iterator[dict[str, Any]]):
     def _stalled(self) -> DataError:
         """Tells what is being done, and lets go of what does not answer."""
         if self._notes:
-            workers = _workers(self._notes)
+            workers = workers_of(self._notes)
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.process, signal.SIGUSR1)  # it writes its stack
@@ -225,7 +230,6 @@ class Batches(Iterator[dict[str, Any]]):
         return error
 
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 # Iterators whose threads hang.
 _ABANDONED: list[Any] = []
 
@@ -236,7 +240,7 @@ def _serve(
     answers: "queue.SimpleQueue[Any]",
 ) -> None:
     """Answers each request with a batch, or the error in place of it, until False."""
-    with _signals_wait():
+    with signals_wait():
         while requests.get():
             answers.put(_fetch(iterators))
 
@@ -246,85 +250,6 @@ def _fetch(iterators: list[Any]) -> tuple[Any, BaseException | None]:
         return next(iterators[0]), None
     except BaseException as error:
         return None, error
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Signals are not for this thread, nor for processes that it starts.
-
-    A Ctrl-C reaches all processes of a terminal, and Slurm signals all of a step; it
-    must not take the workers away from a run that wants to end its step and save.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# ------------------------------------------------------------------ worker processes
-
-
-class _Worker(NamedTuple):
-    """What a worker wrote about itself."""
-
-    process: int
-    alive: bool
-    doing: str
-    stack: str
-
-
-_NOTE_BYTES = 4096
-
-
-def _start_worker(notes: Path, index: int, count: int) -> None:
-    """Lets a worker say what it does, and end when the run does, however that ends."""
-    del count
-    note = notes / f"{index}.reading"
-    note.write_bytes(bytes(_NOTE_BYTES))
-    with note.open("r+b") as file:
-        page = mmap.mmap(file.fileno(), _NOTE_BYTES)
-
-    def tell(where: str) -> None:
-        page[:] = where.encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES, b"\0")
-
-    images.on_opening = tell
-    stack = (notes / f"{index}.stack").open("w")
-    faulthandler.enable(stack)
-    faulthandler.register(signal.SIGUSR1, stack)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    (notes / f"{index}.process").write_text(str(os.getpid()))
-    threading.Thread(target=_end_with_parent, args=(notes,), daemon=True).start()
-
-
-def _end_with_parent(notes: Path) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    shutil.rmtree(notes, ignore_errors=True)
-    os._exit(1)
-
-
-def _workers(notes: Path | None) -> list[_Worker]:
-    if notes is None:
-        return []
-    living = {child.pid for child in multiprocessing.active_children()}
-    workers = []
-    for path in sorted(notes.glob("*.process")):
-        note = path.with_suffix(".reading").read_bytes().rstrip(b"\0")
-        where = note.decode("utf-8", "replace")
-        process = int(path.read_text())
-        workers.append(
-            _Worker(
-                process,
-                process in living,
-                f"last reading {where}" if where else "before it read an image",
-                path.with_suffix(".stack").read_text(errors="replace"),
-            )
-        )
-    return workers
 
 
 def _plain(part: Any) -> Any:
@@ -343,14 +268,6 @@ def _close(
         iterators.pop().close()
     if notes is not None:
         shutil.rmtree(notes, ignore_errors=True)
-
-
-def _mark_flags_as_parsed() -> None:
-    """Grain's workers read absl's flags, which outside of absl.app nobody parses."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _check(

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from jemjax.data.headers import Survey, check_share, spread
 from jemjax.data.images import Reading, UnreadableImage, read_image
-from jemjax.data.survey import Survey, check_share, spread
 from jemjax.errors import DataError
 
 T = TypeVar("T")
@@ -31,6 +31,20 @@ Progress = Callable[[int, int], None]
 FINGERPRINTED = 256
 
 logger = logging.getLogger("jemjax.data")
+
+
+class ViewDefaults(NamedTuple):
+    """What suits the images of a set, where the user does not say otherwise."""
+
+    flip: bool = True
+    """whether a mirror image is an image of the same kind"""
+    crop_scale: tuple[float, float] | None = None
+    """smallest and largest area of a crop; None: the method's"""
+    remark: str = ""
+    """what to know about figures that are measured on them"""
+
+
+ANY_VIEWS = ViewDefaults()
 
 
 class Source(abc.ABC):
@@ -46,6 +60,7 @@ class Source(abc.ABC):
         unreadable: of examples that could not be read so far, by index, and why;
             others took their place.
         survey: of the files' headers, where they were read.
+        defaults: what suits these images.
     """
 
     name: str
@@ -54,6 +69,7 @@ class Source(abc.ABC):
     sizes_differ: bool = False
     unreadable: dict[int, str]
     survey: Survey | None = None
+    defaults: ViewDefaults = ANY_VIEWS
 
     @property
     def num_classes(self) -> int:
@@ -231,6 +247,7 @@ class ArraySource(Source):
         name: how messages call it.
         class_names: the name of each label; unless given, the labels' numbers.
         decoded_from: the source that was decoded, if one was.
+        defaults: what suits these images.
     """
 
     def __init__(
@@ -241,6 +258,7 @@ class ArraySource(Source):
         name: str = "arrays",
         class_names: Sequence[str] | None = None,
         decoded_from: Source | None = None,
+        defaults: ViewDefaults = ANY_VIEWS,
     ):
         if images.ndim != 4 or images.dtype != np.uint8:
             raise ValueError(
@@ -270,6 +288,7 @@ class ArraySource(Source):
         self.image_shape = images.shape[1:]
         self.unreadable = decoded_from.unreadable if decoded_from else {}
         self.survey = decoded_from.survey if decoded_from else None
+        self.defaults = decoded_from.defaults if decoded_from else defaults
         self._fingerprint = decoded_from.fingerprint() if decoded_from else None
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jemjax.data.headers import choose_size, spread
 from jemjax.data.images import Reading, UnreadableImage, read_header
 from jemjax.data.sources import (
     Encoded,
@@ -18,7 +19,6 @@ from jemjax.data.sources import (
     digest_of,
     file_sizes,
 )
-from jemjax.data.survey import choose_size, spread
 from jemjax.errors import DataError, printable
 
 

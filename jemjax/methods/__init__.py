@@ -6,7 +6,7 @@ clusters (`swav`), an asymmetry and nothing else (`byol`, `simsiam`, `dino`,
 """
 
 from jemjax.methods.barlow_twins import BarlowTwins
-from jemjax.methods.base import Clock, Defaults, Method, Optimization
+from jemjax.methods.base import Defaults, Method, Optimization, Progress
 from jemjax.methods.byol import BYOL
 from jemjax.methods.data2vec import Data2Vec
 from jemjax.methods.dino import DINO
@@ -38,7 +38,7 @@ __all__ = [
     "DINO",
     "METHODS",
     "BarlowTwins",
-    "Clock",
+    "Progress",
     "Data2Vec",
     "Defaults",
     "Method",

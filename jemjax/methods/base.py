@@ -115,7 +115,7 @@ def small_images(hyper: Mapping[str, Any], **changes: Any) -> Defaults:
     return Defaults(hyper=hyper, **{**values, **changes})
 
 
-class Clock(NamedTuple):
+class Progress(NamedTuple):
     """How far a run is."""
 
     step: jax.Array
@@ -206,12 +206,12 @@ class Method(abc.ABC):
         """Whether the target side is a constant."""
         return self.target != "shared"
 
-    def momentum(self, clock: Clock) -> jax.Array:
+    def momentum(self, progress: Progress) -> jax.Array:
         """The moving average's momentum after the update of this step."""
         first, last = self.target_momentum, self.final_target_momentum
         assert first is not None and last is not None
         schedule = cosine if self.target_schedule == "cosine" else linear
-        return schedule(first, last, clock.total_steps)(clock.step)
+        return schedule(first, last, progress.total_steps)(progress.step)
 
     # What compares the branches?
     @abc.abstractmethod
@@ -257,14 +257,14 @@ class Method(abc.ABC):
     def recall(
         self,
         loss_state: dict[str, jax.Array],
-        clock: Clock,
+        progress: Progress,
         scores: Callable[[jax.Array], jax.Array],
     ) -> dict[str, jax.Array]:
         """What the loss is given of it, at this time: the third argument of `loss`.
 
         Args:
             loss_state: what is remembered.
-            clock: how far the run is.
+            progress: how far the run is.
             scores: (..., D) embeddings -> (..., K) scores by the present prototypes.
         """
         return loss_state
@@ -272,7 +272,7 @@ class Method(abc.ABC):
     def remember(
         self,
         loss_state: dict[str, jax.Array],
-        clock: Clock,
+        progress: Progress,
         online: tuple[Outputs, ...],
         target: tuple[Outputs, ...],
     ) -> dict[str, jax.Array]:

@@ -139,18 +139,18 @@ class DINO(Method):
         """A center of zeros."""
         return {"center": jnp.zeros(outputs.target.shape[-1], jnp.float32)}
 
-    def recall(self, loss_state, clock, scores):
+    def recall(self, loss_state, progress, scores):
         """The center, and the temperature of this epoch."""
         temperature = linear(
             self.warmup_teacher_temperature,
             self.teacher_temperature,
             max(1, self.warmup_teacher_epochs - 1),
-        )(clock.epoch)
+        )(progress.epoch)
         if self.warmup_teacher_epochs == 0:
             temperature = jnp.asarray(self.teacher_temperature, jnp.float32)
         return {**loss_state, "teacher_temperature": temperature}
 
-    def remember(self, loss_state, clock, online, target):
+    def remember(self, loss_state, progress, online, target):
         """The center moves toward the mean of this batch."""
         logits = jnp.stack([outputs.target for outputs in target])  # (G, N, K)
         return {

@@ -102,11 +102,11 @@ class MoCo(Method):
         shape = (self.queue_length, outputs.embedding.shape[1])
         return {"queue": normalize_rows(jax.random.normal(key, shape, jnp.float32))}
 
-    def remember(self, loss_state, clock, online, target):
+    def remember(self, loss_state, progress, online, target):
         """The batch's keys take the place of the oldest."""
         keys = normalize_rows(target[0].target.astype(jnp.float32))
         queue, count = loss_state["queue"], keys.shape[0]
-        start = clock.step % (queue.shape[0] // count) * count
+        start = progress.step % (queue.shape[0] // count) * count
         return {"queue": lax.dynamic_update_slice_in_dim(queue, keys, start, axis=0)}
 
     def problems(self, batch_size):

@@ -17,10 +17,10 @@ from jemjax import losses
 from jemjax.augment import ViewRecipe, byol_small, mocov3_imagenet
 from jemjax.methods.base import (
     SMALL_IMAGE,
-    Clock,
     Defaults,
     Method,
     Optimization,
+    Progress,
     Target,
     both_ways,
     small_images,
@@ -71,9 +71,9 @@ class MoCoV3(Method):
 
     # What is the other branch? A moving average, with momentum from 0.99 to 1, which is
     # updated before it is used: with the next step's momentum after this one.
-    def momentum(self, clock: Clock):
+    def momentum(self, progress: Progress):
         """The momentum of the step that follows."""
-        return super().momentum(clock._replace(step=clock.step + 1))
+        return super().momentum(progress._replace(step=progress.step + 1))
 
     # What compares the branches? This loss, which remembers nothing.
     def loss(self, online, target=None, memory=None, *, axis_name=None):

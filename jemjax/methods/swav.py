@@ -140,7 +140,7 @@ class SwAV(Method):
         width = outputs.embedding.shape[1]
         return {"queue": jnp.zeros((2, self.queue_length, width), jnp.float32)}
 
-    def recall(self, loss_state, clock, scores):
+    def recall(self, loss_state, progress, scores):
         """The queue's scores, and whether it is full, so that they count."""
         if not loss_state:
             return {}
@@ -150,7 +150,7 @@ class SwAV(Method):
             "queue_is_used": jnp.any(queue[:, -1] != 0),
         }
 
-    def remember(self, loss_state, clock, online, target):
+    def remember(self, loss_state, progress, online, target):
         """New embeddings come first, and the oldest fall out at the end."""
         if not loss_state:
             return {}
@@ -158,7 +158,7 @@ class SwAV(Method):
         queue = loss_state["queue"]
         new = jnp.stack([normalize_rows(outputs.embedding) for outputs in target[:2]])
         moved = jnp.concatenate([new, queue[:, : -new.shape[1]]], axis=1)  # (2, L, D)
-        return {"queue": jnp.where(clock.epoch >= self.queue_start, moved, queue)}
+        return {"queue": jnp.where(progress.epoch >= self.queue_start, moved, queue)}
 
     def problems(self, batch_size):
         """What is wrong with the fields' values, each in a sentence."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jemjax.models.convolution import convolve
+from jemjax._kernels.winograd import convolve
 
 Stem = Literal["imagenet", "small", "patch"]
 

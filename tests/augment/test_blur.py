@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jemjax import augment
+from jemjax._kernels import blur as kernels
 from jemjax.augment import blur
 
 gaussian_blur = jax.jit(
@@ -95,19 +96,29 @@ def test_what_is_chosen_is_blurred_in_turns(key, share, padding, monkeypatch):
     expected = all_of_them(images), derivatives(all_of_them)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     for numbers in (1, 1000, 10**6):  # an image in a turn, three, and all
-        monkeypatch.setattr(blur, "NUMBERS_BLURRED_AT_ONCE", numbers)
+        monkeypatch.setattr(kernels, "NUMBERS_BLURRED_AT_ONCE", numbers)
         assert "while" in str(jax.make_jaxpr(some)(images))
         actual = some(images), derivatives(some)
         chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
+@pytest.mark.parametrize("size, radius", [((9, 12), 3), ((5, 4), 3), ((2, 7), 1)])
+def test_sums_of_shifted_images_are_the_convolution(key, size, radius, padding):
+    images = jax.random.uniform(key, (3, *size, 3))
+    sigma = jnp.array([0.3, 1.0, 2.5]).reshape(3, 1, 1)
+    blurred = kernels.blur(images, sigma, radius, padding)
+    expected = kernels.plain(images, sigma, radius, padding)
+    np.testing.assert_allclose(blurred, expected, atol=1e-6)
 
 
 def test_a_call_without_jit_compiles_once(key, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     images = jax.random.uniform(key, (4, 6, 6, 1))
     augment.random_gaussian_blur(key, images, probability=0.5)
-    compiled = blur._blur_where._cache_size()
+    compiled = kernels.blur_where._cache_size()
     augment.random_gaussian_blur(key, images, probability=0.5)
-    assert blur._blur_where._cache_size() == compiled
+    assert kernels.blur_where._cache_size() == compiled
 
 
 @pytest.mark.parametrize("padding", ["reflect", "zero"])

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from jemjax.data import Crop, DataError, batches, load_arrays, open_data
-from jemjax.data.prepare import _read_cifar_python, prepare
+from jemjax.data.prepare import prepare
+from jemjax.data.prepare.cifar import _read_cifar_python
 
 tfds = pytest.importorskip("tensorflow_datasets")
 RANDOM = np.random.default_rng(0)

@@ -13,11 +13,11 @@ from jemjax.data import (
     ArraySource,
     DataError,
     Reading,
+    headers,
     in_memory,
     load_arrays,
     open_data,
     spread,
-    survey,
 )
 
 
@@ -309,8 +309,8 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path, kind):
 
 
 def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(survey, "HEADERS_READ", 10)
-    monkeypatch.setattr(survey, "HEADERS_SAMPLED", 1)
+    monkeypatch.setattr(headers, "HEADERS_READ", 10)
+    monkeypatch.setattr(headers, "HEADERS_SAMPLED", 1)
     for i in range(10):
         write(tmp_path / "train" / f"{i}.png", 100, mode="L")
     write(tmp_path / "test" / "0.png", 100, mode="L")
@@ -323,8 +323,8 @@ def test_of_a_large_folder_a_sample_is_looked_at(tmp_path, monkeypatch, caplog):
 
 
 def test_a_sample_does_not_tell_the_share_of_unreadable_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "HEADERS_READ", 10)
-    monkeypatch.setattr(survey, "HEADERS_SAMPLED", 4)
+    monkeypatch.setattr(headers, "HEADERS_READ", 10)
+    monkeypatch.setattr(headers, "HEADERS_SAMPLED", 4)
     for i in range(39):
         write(tmp_path / "train" / f"{i:02d}.png")
     write(tmp_path / "test" / "0.png")

@@ -21,15 +21,15 @@ from jemjax.methods import (
     BYOL,
     DINO,
     METHODS,
-    Clock,
     MoCo,
     MoCoV3,
+    Progress,
     SimCLR,
     SimSiam,
     SwAV,
 )
 from jemjax.models import MaskedTokens, Outputs
-from jemjax.training.loop import advice
+from jemjax.training.run.pretrain import advice
 
 
 def test_the_command_line_knows_every_method():
@@ -49,8 +49,8 @@ def test_resolving_leaves_no_choice_open(name, image_size):
     assert method.views(image_size).views[0].size == image_size
 
 
-def _clock(step, steps_per_epoch=10.0, total_steps=100):
-    return Clock(jnp.asarray(step), steps_per_epoch, total_steps)
+def _progress(step, steps_per_epoch=10.0, total_steps=100):
+    return Progress(jnp.asarray(step), steps_per_epoch, total_steps)
 
 
 # The official loss of each, from the golden files, where it differs from ours in scale.
@@ -94,7 +94,7 @@ def test_moco_overwrites_the_oldest_keys(golden):
             loss, z["loss" if step == 0 else f"loss{step}"], rtol=2e-5
         )
         outputs = Outputs(keys, keys, keys, keys)
-        state = method.remember(state, _clock(first + step), (), (outputs,))
+        state = method.remember(state, _progress(first + step), (), (outputs,))
         np.testing.assert_allclose(state["queue"], z[f"queue_after{step}"].T, atol=1e-6)
 
 
@@ -115,12 +115,12 @@ def test_swav_puts_new_embeddings_in_front(golden):
         epsilon=float(z["epsilon"]),
     )
     state = {"queue": jnp.asarray(z["queue"])}
-    memory = method.recall(state, _clock(0), scores)
+    memory = method.recall(state, _progress(0), scores)
     assert bool(memory["queue_is_used"])
     loss, _ = method.loss(tuple(map(scores, rows)), None, memory)
     np.testing.assert_allclose(loss, z["loss"], rtol=1e-4)
     outputs = tuple(Outputs(row, row, row, row) for row in rows)
-    after = method.remember(state, _clock(0), outputs, outputs)
+    after = method.remember(state, _progress(0), outputs, outputs)
     np.testing.assert_allclose(after["queue"], z["queue_after"], atol=1e-6)
 
 
@@ -131,9 +131,9 @@ def test_swav_waits_for_a_full_queue():
     state = method.init_loss_state(jax.random.key(0), outputs[0])
     used = []
     for step in (0, 19, 20, 21, 22):
-        memory = method.recall(state, _clock(step), lambda z: z)
+        memory = method.recall(state, _progress(step), lambda z: z)
         used.append(bool(memory["queue_is_used"]))
-        state = method.remember(state, _clock(step), outputs, outputs)
+        state = method.remember(state, _progress(step), outputs, outputs)
     assert used == [False, False, False, False, True]
 
 
@@ -151,8 +151,8 @@ def test_dino_uses_the_center_before_it_is_moved(golden):
     state = {"center": jnp.asarray(z["center0"][0], jnp.float32)}
     for step in range(3):
         teacher = tuple(np.split(z[f"teacher{step}"], 2))
-        clock = _clock(10 * (int(z["epoch"]) + step))
-        memory = method.recall(state, clock, lambda z: z)
+        progress = _progress(10 * (int(z["epoch"]) + step))
+        memory = method.recall(state, progress, lambda z: z)
         np.testing.assert_allclose(
             memory["teacher_temperature"],
             z["teacher_temp_schedule"][int(z["epoch"]) + step],
@@ -162,7 +162,7 @@ def test_dino_uses_the_center_before_it_is_moved(golden):
         name = "loss" if step == 0 else f"loss_step{step + 1}"
         np.testing.assert_allclose(loss, z[name], rtol=2e-5)
         outputs = tuple(Outputs(rows, rows, rows, rows) for rows in teacher)
-        state = method.remember(state, clock, (), outputs)
+        state = method.remember(state, progress, (), outputs)
         np.testing.assert_allclose(
             state["center"], z[f"center_after{step + 1}"][0], atol=1e-6
         )
@@ -188,7 +188,7 @@ def test_momentum_of_the_official_code(golden, name, key):
     # step before it.
     ahead = 1 if name == "moco-v3" else 0
     got = [
-        float(method.momentum(_clock(step, total_steps=len(values))))
+        float(method.momentum(_progress(step, total_steps=len(values))))
         for step in range(len(values) - ahead)
     ]
     np.testing.assert_allclose(got, values[ahead:], rtol=1e-6)

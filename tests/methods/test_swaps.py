@@ -20,8 +20,9 @@ from training.setups import (
 from jemjax.augment import MaskRecipe
 from jemjax.methods import METHODS
 from jemjax.models import MaskedTokens
-from jemjax.training.config import ViewOptions
-from jemjax.training.step import Branches, Statistics
+from jemjax.training.config.options import ViewOptions
+from jemjax.training.config.parts import apply_views
+from jemjax.training.step.branch import Branches, Statistics
 
 EVERY = every_method()
 # data2vec's network is of another kind: patches, not embeddings.
@@ -32,7 +33,7 @@ EMBEDDING = every_method("data2vec")
 def _shapes(method, mask=None, backbone="resnet"):
     recipe = method.views(SIZE)
     if mask is not None:
-        recipe = ViewOptions(mask=mask).apply(recipe)
+        recipe = apply_views(ViewOptions(mask=mask), recipe)
     kind = "vit" if method.name == "data2vec" else backbone
     made = tiny_backbone(kind, pooling=method.pooling)
     return Setup(method, backbone=made, recipe=recipe).shapes()
@@ -127,7 +128,7 @@ def test_the_target_has_a_gradient_only_if_it_is_shared(name, target):
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
 def test_any_method_may_mask(name, mask, backbone):
     _shapes(tiny_method(name), mask, backbone)
-    recipe = ViewOptions(mask=mask).apply(tiny_method(name).views(SIZE))
+    recipe = apply_views(ViewOptions(mask=mask), tiny_method(name).views(SIZE))
     network = tiny_method(name).network(tiny_backbone(backbone))
     branches = Branches(tiny_method(name), network, recipe)
     # Each online view has a mask, and the target a pass of its own, without one.
@@ -166,7 +167,8 @@ def test_dropped_patches_are_not_computed():
     method = tiny_method("simclr")
     texts = {}
     for mask in ("random", "drop"):
-        recipe = ViewOptions(mask=mask, mask_ratio=0.75).apply(method.views(SIZE))
+        options = ViewOptions(mask=mask, mask_ratio=0.75)
+        recipe = apply_views(options, method.views(SIZE))
         setup = Setup(method, backbone=tiny_backbone("vit"), recipe=recipe)
         texts[mask] = setup.lower().as_text()
     # Of 16 patches 4 are left, beside the class token, in both views of 16 images.
@@ -177,7 +179,7 @@ def test_dropped_patches_are_not_computed():
 def test_masking_in_place_of_cropping():
     method = tiny_method("byol")
     options = ViewOptions(crop=False, mask="block")
-    recipe = options.apply(method.views(SIZE))
+    recipe = apply_views(options, method.views(SIZE))
     assert all(view.crop_scale is None for view in recipe.views)
     setup = Setup(method, backbone=tiny_backbone("vit"), recipe=recipe)
     # Nothing is cropped, and so nothing resampled: the views have the images' size.
@@ -260,4 +262,4 @@ def test_a_mask_that_makes_no_sense_is_refused(name, mask, backbone, reason):
 
 def test_a_ratio_without_a_mask_is_refused():
     with pytest.raises(ValueError, match="--views.mask"):
-        ViewOptions(mask_ratio=0.5).apply(METHODS["vicreg"]().views(SIZE))
+        apply_views(ViewOptions(mask_ratio=0.5), METHODS["vicreg"]().views(SIZE))

@@ -11,10 +11,10 @@ from jemjax.methods import METHODS
 from jemjax.models import ResNet, ViT
 from jemjax.models.resnet import BasicBlock
 from jemjax.runtime import quick_compilation
-from jemjax.training.mesh import make_mesh, shaped, state_sharding, to_devices
-from jemjax.training.optimizers import make_optimizer
-from jemjax.training.state import init_state
-from jemjax.training.step import make_train_step
+from jemjax.training.step.optimizers import make_optimizer
+from jemjax.training.step.sharding import make_mesh, shaped, state_sharding, to_devices
+from jemjax.training.step.state import init_state
+from jemjax.training.step.update import make_train_step
 
 BATCH, SIZE = 16, 8
 STEPS_PER_EPOCH, TOTAL_STEPS = 4.0, 24

@@ -18,10 +18,10 @@ from training.disks import mount
 
 from jemjax.cli import main
 from jemjax.errors import CheckpointDamaged, CheckpointError, UserError
-from jemjax.training import stored
-from jemjax.training.checkpoints import ATTEMPTS, Checkpoints, fingerprint
-from jemjax.training.lock import locked
-from jemjax.training.state import Skipped, TrainState
+from jemjax.training.step.state import Skipped, TrainState
+from jemjax.training.storage import manifest
+from jemjax.training.storage.checkpoints import ATTEMPTS, Checkpoints, fingerprint
+from jemjax.training.storage.folder import locked
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -101,7 +101,7 @@ def test_a_state_is_restored_onto_other_devices(tmp_path):
 
 def test_the_two_newest_are_kept(tmp_path):
     _save(tmp_path, 1, 2, 3, 4)
-    assert stored.saved_steps(tmp_path / "checkpoints") == [3, 4]
+    assert manifest.saved_steps(tmp_path / "checkpoints") == [3, 4]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
 
 
@@ -129,8 +129,8 @@ def test_every_damage_to_every_file_is_detected(saved, tmp_path, damage):
         with pytest.raises(
             CheckpointDamaged, match=f"checkpoint 20: file .*{name.name}"
         ):
-            stored.verify(run / "checkpoints" / "20")
-        stored.verify(run / "checkpoints" / "10")
+            manifest.verify(run / "checkpoints" / "20")
+        manifest.verify(run / "checkpoints" / "10")
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(run):
@@ -192,17 +192,17 @@ def test_links_out_of_a_checkpoint_are_refused(run, tmp_path):
     (tmp_path / "outside").mkdir()
     (place / "state" / "extra").symlink_to(tmp_path / "outside")
     with pytest.raises(CheckpointDamaged, match="is a link to .*outside"):
-        stored.verify(place)
+        manifest.verify(place)
 
 
 def test_a_manifest_cannot_name_files_outside_its_checkpoint(run):
     place = run / "checkpoints" / "20"
     (run / "secret").write_text("x")
-    manifest = stored.read_manifest(place)
-    files = {"../../secret": [1, stored._sha256(run / "secret")]}
-    (place / "manifest.json").write_text(stored._encode(manifest._replace(files=files)))
+    told = manifest.read_manifest(place)
+    files = {"../../secret": [1, manifest._sha256(run / "secret")]}
+    (place / "manifest.json").write_text(manifest._encode(told._replace(files=files)))
     with pytest.raises(CheckpointDamaged, match="not inside the checkpoint"):
-        stored.verify(place)
+        manifest.verify(place)
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(run):
@@ -210,7 +210,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(run):
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(CheckpointDamaged, match="_METADATA is not a file"):
-        stored.verify(run / "checkpoints" / "20")
+        manifest.verify(run / "checkpoints" / "20")
 
 
 def test_what_interrupted_saves_have_left_is_removed_and_told(run):
@@ -227,7 +227,7 @@ def test_what_interrupted_saves_have_left_is_removed_and_told(run):
 
 def test_what_has_no_manifest_yet_is_not_saved(run, monkeypatch):
     with monkeypatch.context() as patch:  # as if killed between orbax's commit and it
-        patch.setattr(stored, "finish", lambda *arguments: None)
+        patch.setattr(manifest, "finish", lambda *arguments: None)
         _save(run, 30)
     assert (run / "checkpoints" / "30.unfinished" / "state").is_dir()
     restored, said = _restore(run)
@@ -266,7 +266,7 @@ def test_a_failed_save_is_told_at_the_next_step_and_the_third_stops(run, monkeyp
     def fail(*arguments):
         raise FULL
 
-    monkeypatch.setattr(stored, "finish", fail)
+    monkeypatch.setattr(manifest, "finish", fail)
     said = []
     checkpoints = Checkpoints(run, say=said.append)
     with pytest.raises(CheckpointError, match="No space left") as caught, checkpoints:
@@ -282,7 +282,7 @@ def test_a_failed_save_is_told_at_the_next_step_and_the_third_stops(run, monkeyp
 
 
 def test_a_good_save_forgives_those_that_failed(run, monkeypatch):
-    finish, calls = stored.finish, []
+    finish, calls = manifest.finish, []
 
     def fail_twice(*arguments):
         calls.append(arguments)
@@ -290,10 +290,10 @@ def test_a_good_save_forgives_those_that_failed(run, monkeypatch):
             raise FULL
         finish(*arguments)
 
-    monkeypatch.setattr(stored, "finish", fail_twice)
+    monkeypatch.setattr(manifest, "finish", fail_twice)
     said = _save(run, *range(21, 30))
     assert len(said) == 6
-    assert stored.saved_steps(run / "checkpoints") == [26, 29]
+    assert manifest.saved_steps(run / "checkpoints") == [26, 29]
 
 
 def test_the_last_save_is_tried_twice_and_then_stops(run, monkeypatch):
@@ -302,24 +302,24 @@ def test_the_last_save_is_tried_twice_and_then_stops(run, monkeypatch):
 
     said = []
     with Checkpoints(run, say=said.append) as checkpoints:
-        finish = stored.finish
+        finish = manifest.finish
         calls = iter([fail, finish])
-        monkeypatch.setattr(stored, "finish", lambda *a: next(calls)(*a))
+        monkeypatch.setattr(manifest, "finish", lambda *a: next(calls)(*a))
         checkpoints.save(30, _state(30), last=True)
-        assert stored.saved_steps(run / "checkpoints") == [20, 30]  # room was made
-        monkeypatch.setattr(stored, "finish", fail)
+        assert manifest.saved_steps(run / "checkpoints") == [20, 30]  # room was made
+        monkeypatch.setattr(manifest, "finish", fail)
         with pytest.raises(CheckpointError, match="checkpoint 40 could not be saved"):
             checkpoints.save(40, _state(40), last=True)
-    assert stored.saved_steps(run / "checkpoints") == [30]
+    assert manifest.saved_steps(run / "checkpoints") == [30]
 
 
 def test_old_checkpoints_that_cannot_be_removed_stay(run, monkeypatch):
-    def remove(folder, remove=stored.remove):
+    def remove(folder, remove=manifest.remove):
         if folder.name.isdecimal():
             raise PermissionError(errno.EACCES, "Permission denied")
         return remove(folder)
 
-    finish, calls = stored.finish, []
+    finish, calls = manifest.finish, []
 
     def fail_once(*arguments):
         calls.append(arguments)
@@ -327,20 +327,20 @@ def test_old_checkpoints_that_cannot_be_removed_stay(run, monkeypatch):
             raise FULL
         finish(*arguments)
 
-    monkeypatch.setattr(stored, "remove", remove)
-    monkeypatch.setattr(stored, "finish", fail_once)
+    monkeypatch.setattr(manifest, "remove", remove)
+    monkeypatch.setattr(manifest, "finish", fail_once)
     said = []
     with Checkpoints(run, say=said.append) as checkpoints:
         checkpoints.save(30, _state(30), last=True)
     assert len(said) == 1 and "No space left" in said[0]
-    assert stored.saved_steps(run / "checkpoints") == [10, 20, 30]
+    assert manifest.saved_steps(run / "checkpoints") == [10, 20, 30]
 
 
 def test_an_error_of_a_save_does_not_hide_an_earlier_one(run, monkeypatch):
     def fail(*arguments):
         raise FULL
 
-    monkeypatch.setattr(stored, "finish", fail)
+    monkeypatch.setattr(manifest, "finish", fail)
     said = []
     with pytest.raises(ZeroDivisionError), Checkpoints(run, say=said.append) as points:
         points.save(30, _state(30))
@@ -375,7 +375,7 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_reports_none_that_failed(tmp_
             assert "could not be saved" in text and "saved are: 1." in text
             assert "Traceback" not in text and len(text) < 800
         assert os.listdir(run / "checkpoints") == ["1"], "what failed is cleared away"
-        stored.verify(run / "checkpoints" / "1")
+        manifest.verify(run / "checkpoints" / "1")
 
 
 def test_what_cannot_fit_is_not_begun(tmp_path):
@@ -395,7 +395,7 @@ def test_room_is_made_where_the_disk_would_be_full(tmp_path):
             for step in range(1, 6):
                 checkpoints.save(step, _state(step, size=150_000), last=step == 5)
         assert said == []
-        assert stored.saved_steps(run / "checkpoints")[-1] == 5
+        assert manifest.saved_steps(run / "checkpoints")[-1] == 5
 
 
 # ---------------------------------------------------------------- one run a folder
@@ -403,7 +403,7 @@ def test_room_is_made_where_the_disk_would_be_full(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from jemjax.training.lock import locked
+from jemjax.training.storage.folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -497,23 +497,23 @@ def test_verify_reads_every_file_and_leaves_with_5_if_one_is_damaged(run, capsys
 
 
 def test_what_a_run_removes_while_it_is_read_is_not_broken(run, monkeypatch, capsys):
-    digest = stored._sha256
+    digest = manifest._sha256
 
     def removing(old):
         def replaced(path):
             if old in path.parts and path.exists():
-                stored.remove(run / "checkpoints" / old)
+                manifest.remove(run / "checkpoints" / old)
             return digest(path)
 
         return replaced
 
-    monkeypatch.setattr(stored, "READERS", 1)
-    monkeypatch.setattr(stored, "_sha256", removing("10"))
+    monkeypatch.setattr(manifest, "READERS", 1)
+    monkeypatch.setattr(manifest, "_sha256", removing("10"))
     assert _run_command("verify", run) == 0
     said = capsys.readouterr().out
     assert said.count("whole") == 1 and "cannot be read" not in said
     _save(run, 30)
-    monkeypatch.setattr(stored, "_sha256", removing("30"))
+    monkeypatch.setattr(manifest, "_sha256", removing("30"))
     restored, _ = _restore(run, writable=False)
     assert int(restored.step) == 20
 

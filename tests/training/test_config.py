@@ -14,9 +14,12 @@ from jemjax.augment.recipes import PARTS
 from jemjax.data import ArraySource, Crop, open_data
 from jemjax.errors import UserError
 from jemjax.methods import METHODS
-from jemjax.training.config import PretrainConfig, from_toml, resolve, to_toml
-from jemjax.training.inputs import check_test
-from jemjax.training.run import build
+from jemjax.training.config.file import from_toml, to_toml
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.parts import apply_views
+from jemjax.training.config.resolve import resolve
+from jemjax.training.run.inputs import check_test
+from jemjax.training.run.setup import build
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_every_part_of_the_views_can_be_switched_off(name, digits):
     published = METHODS[name]().resolve(224, 64, 100).views(224)
     for part, field in PARTS.items():
         options = resolve(_parse(name, "--views.flip", f"--views.no-{part}"), digits)
-        views = options.views.apply(published).views
+        views = apply_views(options.views, published).views
         assert len(views) == len(published.views)
         for view, whole in zip(views, published.views, strict=True):
             if part == "crop":
@@ -67,9 +70,9 @@ def test_every_part_of_the_views_can_be_switched_off(name, digits):
             else:
                 assert getattr(view, field) == 0
                 assert view.crop_ratio == whole.crop_ratio
-    masked = _parse(name, "--views.mask", "random").views.apply(published)
+    masked = apply_views(_parse(name, "--views.mask", "random").views, published)
     assert masked.mask is not None
-    off = _parse(name, "--views.mask", "none").views.apply(published)
+    off = apply_views(_parse(name, "--views.mask", "none").views, published)
     assert off == dataclasses.replace(published, mask=None)
 
 
@@ -81,7 +84,7 @@ def test_digits_are_not_mirrored_unless_asked_for(digits):
 def test_a_ratio_for_each_image(digits, tmp_path):
     options = ["--views.mask-ratio", "0.1", "0.5"]
     config = resolve(_parse("data2vec", *options), digits)
-    recipe = config.views.apply(config.method.views(8))
+    recipe = apply_views(config.views, config.method.views(8))
     assert recipe.mask == MaskRecipe("block", (0.1, 0.5))
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert from_toml(tmp_path / "config.toml", _parse("data2vec")) == config
@@ -92,7 +95,7 @@ def test_fused_color_is_an_option_of_every_methods_views(digits):
         resolved = resolve(_parse(name, "--views.color", "fused"), digits)
         for size in (8, 224):
             published = method().resolve(size, 64, 100).views(size)
-            views = resolved.views.apply(published).views
+            views = apply_views(resolved.views, published).views
             assert {view.color for view in views} == {"fused"}
             assert {view.arithmetic for view in views} == {"torchvision"}
 
@@ -237,8 +240,10 @@ def test_c2_all_problems_of_a_file_are_listed(tmp_path):
         ),
         (
             "moco",
-            ["--batch-size=36", "--queue-length=100", "--target-momentum=2"],
-            ["multiple of the 8 devices", "--queue-length: got 100", "--target-mom"],
+            ["--batch-size=36", "--queue-length=100", "--target-momentum=2"]
+            + ["--fsdp=3"],
+            ["multiple of the 8 devices", "--queue-length: got 100", "--target-mom"]
+            + ["--fsdp: got 3, expected a divisor of the 8 devices"],
         ),
         (
             "dino",

@@ -8,8 +8,8 @@ import sys
 import pytest
 from training.disks import mount
 
-from jemjax.training import stored
-from jemjax.training.metrics import read_metrics
+from jemjax.training.reporting.metrics_file import read_metrics
+from jemjax.training.storage import manifest
 
 TINY = [
     "--steps=40",
@@ -65,8 +65,8 @@ def test_a_run_on_a_full_disk_keeps_what_it_has_and_goes_on_once_there_is_room(
         assert code == 5, out + errors
         assert "Traceback" not in errors
         assert "could not be saved" in errors and "--resume" in errors
-        (step,) = stored.saved_steps(disk / "run" / "checkpoints")
-        stored.verify(disk / "run" / "checkpoints" / str(step))
+        (step,) = manifest.saved_steps(disk / "run" / "checkpoints")
+        manifest.verify(disk / "run" / "checkpoints" / str(step))
         assert f"saved are: {step}." in errors
         mount(disk, "remount,size=20m")
         code, out, errors = _run(disk / "run", "--resume")
@@ -99,7 +99,7 @@ def test_of_two_runs_on_a_folder_the_second_is_refused_and_harms_nothing(
     folder = tmp_path / "run"
     first = _start(folder, "--steps=1000000")
     try:
-        while not stored.saved_steps(folder / "checkpoints"):
+        while not manifest.saved_steps(folder / "checkpoints"):
             assert first.poll() is None
         for flag in ("--resume", "--overwrite"):
             code, _, errors = _run(folder, flag)

@@ -20,21 +20,24 @@ from jemjax.data import open_data
 from jemjax.errors import DivergenceError, UserError
 from jemjax.methods import VICReg
 from jemjax.runtime import quick_compilation
-from jemjax.training import loop, skipped, stored
-from jemjax.training import run as run_module
-from jemjax.training import step as step_module
-from jemjax.training.checkpoints import Checkpoints, fingerprint
-from jemjax.training.config import OptimizerOptions, PretrainConfig, resolve
-from jemjax.training.features import Embedder
-from jemjax.training.loop import explaining_memory, pretrain
-from jemjax.training.mesh import make_mesh, to_devices
-from jemjax.training.metrics import Display, read_metrics
-from jemjax.training.output import write_config
-from jemjax.training.replay import find, replay
-from jemjax.training.run import build
-from jemjax.training.skipped import SkippedSteps, skipped_step
-from jemjax.training.state import Skipped, TrainState, all_finite
-from jemjax.training.stored import saved_steps
+from jemjax.training.config.options import OptimizerOptions, PretrainConfig
+from jemjax.training.config.resolve import resolve
+from jemjax.training.inspect.replay import find, replay
+from jemjax.training.reporting.display import Display
+from jemjax.training.reporting.metrics_file import read_metrics
+from jemjax.training.run import pretrain as loop
+from jemjax.training.run import setup as run_setup
+from jemjax.training.run.embedder import Embedder
+from jemjax.training.run.pretrain import explaining_memory, pretrain
+from jemjax.training.run.setup import build
+from jemjax.training.step import branch, update
+from jemjax.training.step.sharding import make_mesh, to_devices
+from jemjax.training.step.state import Skipped, TrainState, all_finite
+from jemjax.training.storage import manifest, skipped_steps
+from jemjax.training.storage.checkpoints import Checkpoints, fingerprint
+from jemjax.training.storage.manifest import saved_steps
+from jemjax.training.storage.provenance import write_config
+from jemjax.training.storage.skipped_steps import SkippedSteps, skipped_step
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +45,12 @@ def quick(monkeypatch):
     """Runs use one of the eight devices, and XLA optimizes little."""
 
     def make_train_step(*arguments, **keywords):
-        step = step_module.make_train_step(*arguments, **keywords)
+        step = update.make_train_step(*arguments, **keywords)
         options = quick_compilation()
         return jax.jit(step, donate_argnums=0, compiler_options=options)
 
-    monkeypatch.setattr(run_module, "make_mesh", lambda fsdp: make_mesh(1, fsdp=fsdp))
-    monkeypatch.setattr(run_module, "make_train_step", make_train_step)
+    monkeypatch.setattr(run_setup, "make_mesh", lambda fsdp: make_mesh(1, fsdp=fsdp))
+    monkeypatch.setattr(run_setup, "make_train_step", make_train_step)
 
 
 # Of white images the poisoned views are not numbers.
@@ -56,14 +59,14 @@ WHITE = 255
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    make_views = step_module.make_views
+    make_views = branch.make_views
 
     def replaced(keys, images, recipe):
         white = jnp.all(images == WHITE, axis=(1, 2, 3), keepdims=True)
         views = make_views(keys, images, recipe)
         return tuple(jnp.where(white, jnp.nan, view) for view in views)
 
-    monkeypatch.setattr(step_module, "make_views", replaced)
+    monkeypatch.setattr(branch, "make_views", replaced)
 
 
 def _bytes_of(state):
@@ -172,7 +175,7 @@ def test_a_skipped_step_is_counted_kept_and_found_again(poisoned, tmp_path, caps
     # What was kept for it is damaged, and so is a checkpoint after it.
     kept = list((folder / "skipped" / "checkpoints").iterdir())
     for place in (*kept, folder / "checkpoints" / "12"):
-        (place / stored.MANIFEST).write_text("{}")
+        (place / manifest.MANIFEST).write_text("{}")
     assert replay(folder) == findings
     said = capsys.readouterr().out
     assert "from the state after step 0" in said
@@ -212,7 +215,7 @@ def test_after_some_in_a_row_a_run_stops_with_its_last_good_state(poisoned, tmp_
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(stored, "finish"), (skipped, "write_json")]
+    ("module", "name"), [(manifest, "finish"), (skipped_steps, "write_json")]
 )
 def test_what_cannot_be_kept_for_replay_ends_no_run(
     module, name, tmp_path, monkeypatch
@@ -237,10 +240,10 @@ def test_what_cannot_be_kept_for_replay_ends_no_run(
     def after(step):
         return state.replace(step=zero + step, skipped=Skipped(*[zero + step] * 3))
 
-    assert skipping.heed(1, after(1)) == 1
+    assert skipping.report_skipped(1, after(1)) == 1
     assert "not kept" in said[-1] and "No space left" in said[-1]
     with pytest.raises(DivergenceError, match="--max-skipped allows 2") as error:
-        skipping.heed(2, after(2))
+        skipping.report_skipped(2, after(2))
     assert error.value.exit_code == 4
 
 
@@ -328,8 +331,8 @@ def test_no_memory_in_a_step_is_told_so(tmp_path, monkeypatch):
     def built(*arguments):
         return build(*arguments)._replace(step=step)
 
-    monkeypatch.setattr("jemjax.training.loop.build", built)
-    monkeypatch.setattr("jemjax.training.run.Run.check", lambda run: None)
+    monkeypatch.setattr("jemjax.training.run.pretrain.build", built)
+    monkeypatch.setattr("jemjax.training.run.setup.Setup.check", lambda run: None)
     with pytest.raises(UserError, match="out of memory with --batch-size 16"):
         pretrain(_config(tmp_path), QUIET)
 
@@ -348,8 +351,8 @@ def test_evaluation_leaves_the_state_as_it_was(name):
 
 @pytest.mark.slow
 def test_collapse_is_told_while_it_happens_with_its_causes(tmp_path, monkeypatch):
-    found = {"effective_rank": 1.0, "collapse": ["type 1: all the same"]}
-    monkeypatch.setattr(loop, "measure_collapse", lambda embeddings: found)
+    found = {"effective_rank": 1.0}, ["type 1: all the same"]
+    monkeypatch.setattr(loop, "monitor", lambda *arguments: found)
     output = io.StringIO()
     config = _config(tmp_path, eval_every=4)
     pretrain(config, Display(Console(file=output, soft_wrap=True)))
@@ -366,8 +369,8 @@ def test_deterministic_is_set_before_jax_uses_a_device():
 import os
 from jemjax.errors import UserError
 from jemjax.methods import VICReg
-from jemjax.training.config import PretrainConfig
-from jemjax.training.loop import pretrain
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.run.pretrain import pretrain
 os.environ["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=false"
 try:
     pretrain(PretrainConfig(VICReg(), data="folder:none", deterministic=True))

@@ -7,11 +7,12 @@ import pytest
 
 from jemjax.data import batches, open_data
 from jemjax.methods import DINO, METHODS, MoCo
-from jemjax.training.config import PretrainConfig, resolve
-from jemjax.training.loop import pretrain
-from jemjax.training.mesh import make_mesh
-from jemjax.training.metrics import Display
-from jemjax.training.run import build
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import resolve
+from jemjax.training.reporting.display import Display
+from jemjax.training.run.pretrain import pretrain
+from jemjax.training.run.setup import build
+from jemjax.training.step.sharding import make_mesh
 
 
 def _results(tmp_path, **changes):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jemjax.training.loss_watch import LossWatch
+from jemjax.training.reporting.loss_watch import LossWatch
 
 
 def _fed(losses, collapsed=2.0, total=100, past=()):

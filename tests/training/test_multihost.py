@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from training.disks import mount
 
-from jemjax.training import stored
-from jemjax.training.metrics import read_metrics
+from jemjax.training.reporting.metrics_file import read_metrics
+from jemjax.training.storage import manifest
 
 TINY = [
     "--steps=8",
@@ -199,9 +199,9 @@ import time
 import jax.numpy as jnp
 from orbax.checkpoint import AsyncCheckpointer
 from jemjax import cli
-from jemjax.training import step
+from jemjax.training.step import branch
 
-make_views = step.make_views
+make_views = branch.make_views
 
 
 def poisoned(keys, images, recipe):
@@ -226,7 +226,7 @@ def wait_and_note(self):
         saving.discard(self)
 
 
-step.make_views = poisoned
+branch.make_views = poisoned
 AsyncCheckpointer.save = save_alone
 AsyncCheckpointer.wait_until_finished = wait_and_note
 cli.main()
@@ -253,8 +253,8 @@ def test_a_skipped_step_of_two_hosts_is_kept_whole_and_found_again(every, tmp_pa
     number = json.loads((kept / "step.json").read_text())["step"]
     assert said[0][0].count(f"step {number}: loss or gradient was not finite") == 1
     assert "WARNING" not in said[0][0]
-    (step,) = stored.saved_steps(kept / "checkpoints")
-    stored.verify(kept / "checkpoints" / str(step))
+    (step,) = manifest.saved_steps(kept / "checkpoints")
+    manifest.verify(kept / "checkpoints" / str(step))
     assert sorted(os.listdir(kept / "checkpoints")) == [str(step)]
     assert (number, step) == (8, 7)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
@@ -313,14 +313,14 @@ jax.distributed.initialize = functools.partial(
     jax.distributed.initialize, heartbeat_timeout_seconds=3600
 )
 from jemjax.data import DataError
-from jemjax.training import hosts
+from jemjax.training.process import distributed
 
-with hosts.leaving_at_once():
-    hosts.connect(True)
-    assert hosts.gather("ab" * jax.process_index()) == ["", "ab"]
+with distributed.leaving_at_once():
+    distributed.connect(True)
+    assert distributed.gather("ab" * jax.process_index()) == ["", "ab"]
     if jax.process_index():
         raise DataError("no such image")
-    hosts.gather("for ever")
+    distributed.gather("for ever")
 """
 
 

@@ -9,8 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jemjax.methods.base import Optimization
-from jemjax.training.mesh import make_mesh
-from jemjax.training.optimizers import (
+from jemjax.training.step.optimizers import (
     OPTIMIZERS,
     clip_by_norm,
     larc,
@@ -18,6 +17,7 @@ from jemjax.training.optimizers import (
     make_optimizer,
     scale_biases,
 )
+from jemjax.training.step.sharding import make_mesh
 
 BOTH = pytest.mark.parametrize("x64", [False, True])
 EVERY = pytest.mark.parametrize("name", OPTIMIZERS)

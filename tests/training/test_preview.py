@@ -16,12 +16,22 @@ from jemjax.cli import main
 from jemjax.data import batches, open_data
 from jemjax.methods import METHODS
 from jemjax.runtime import quick_compilation
-from jemjax.training.config import ViewOptions, resolve
-from jemjax.training.mesh import make_mesh
-from jemjax.training.picture import BACKGROUND, GRAY, Row, draw, enlarge, fit_in, hide
-from jemjax.training.preview import PreviewConfig, preview, see
-from jemjax.training.run import build
-from jemjax.training.step import Branches
+from jemjax.training.config.options import ViewOptions
+from jemjax.training.config.parts import make_network, make_recipe
+from jemjax.training.config.resolve import resolve
+from jemjax.training.inspect.contact_sheet import (
+    BACKGROUND,
+    GRAY,
+    Row,
+    draw,
+    enlarge,
+    fit_in,
+    hide,
+)
+from jemjax.training.inspect.preview import PreviewConfig, preview, see
+from jemjax.training.run.setup import build
+from jemjax.training.step.branch import Branches
+from jemjax.training.step.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +104,19 @@ def test_it_is_what_the_steps_of_a_run_see(name, options, several_sizes, monkeyp
     source = open_data(config.data, split="train")
     run = resolve(config.run(), source)
     steps = _seen_by_the_step(run, source, 3, monkeypatch)
-    branches = Branches(run.method, run.network(), run.recipe())
+    branches = Branches(run.method, make_network(run), make_recipe(run))
     for number in (1, 3):
-        sight = see(run, branches, source, step=number, count=5)
+        shown = see(run, branches, source, step=number, count=5)
         views, masks = steps[number - 1]
-        assert len(views) == len(sight.views) == len(branches.recipe.views)
-        for shown, made, view in zip(
-            sight.views, views, branches.recipe.views, strict=True
+        assert len(views) == len(shown.views) == len(branches.recipe.views)
+        for seen, made, view in zip(
+            shown.views, views, branches.recipe.views, strict=True
         ):
-            assert made.shape[0] == 16 and shown.shape == (5, *made.shape[1:])
+            assert made.shape[0] == 16 and seen.shape == (5, *made.shape[1:])
             pixels = np.clip(denormalize(made[:5], view.mean, view.std), 0, 1)
-            np.testing.assert_allclose(shown / 255, pixels, atol=0.51 / 255)
-        assert sight.masks.keys() == masks.keys()
-        for of_view, mask in sight.masks.items():
+            np.testing.assert_allclose(seen / 255, pixels, atol=0.51 / 255)
+        assert shown.masks.keys() == masks.keys()
+        for of_view, mask in shown.masks.items():
             np.testing.assert_array_equal(mask, masks[of_view][:5])
         assert bool(masks) == (name == "dino")
     assert (steps[0][0][0] != steps[2][0][0]).any()
@@ -120,10 +130,10 @@ def test_originals_are_the_whole_images_that_the_views_are_of(several_sizes):
     )
     source = open_data(config.data, split="train")
     run = resolve(config.run(), source)
-    branches = Branches(run.method, run.network(), run.recipe())
-    sight = see(run, branches, source, step=2, count=4)
-    assert len({image.shape for image in sight.originals}) > 1
-    for original, view in zip(sight.originals, sight.views[0], strict=True):
+    branches = Branches(run.method, make_network(run), make_recipe(run))
+    shown = see(run, branches, source, step=2, count=4)
+    assert len({image.shape for image in shown.originals}) > 1
+    for original, view in zip(shown.originals, shown.views[0], strict=True):
         height, width, _ = original.shape
         side = min(height, width)
         left, top = (width - side) / 2, (height - side) / 2

@@ -11,16 +11,13 @@ from PIL import Image
 from jemjax.data import ArraySource, open_data
 from jemjax.errors import UserError
 from jemjax.methods import BYOL, VICReg
-from jemjax.training import stored
-from jemjax.training.config import (
-    OptimizerOptions,
-    PretrainConfig,
-    ViewOptions,
-    resolve,
-    to_toml,
-)
-from jemjax.training.metrics import MetricsFile, read_metrics, write_json
-from jemjax.training.resuming import compare, describe_run
+from jemjax.training.config.file import to_toml
+from jemjax.training.config.options import OptimizerOptions, PretrainConfig, ViewOptions
+from jemjax.training.config.resolve import resolve
+from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
+from jemjax.training.storage import manifest
+from jemjax.training.storage.files import write_json
+from jemjax.training.storage.provenance import compare, describe_run
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def digits():
 
 def _about(digits, method=None, **changes):
     config = PretrainConfig(method=method or VICReg(), steps=50, **changes)
-    return describe_run(resolve(config, digits), digits)
+    return describe_run(resolve(config, digits, num_devices=2), digits)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +40,10 @@ def folder(tmp_path, digits, about):
     """A run with a checkpoint at step 20, which holds no arrays."""
     config = resolve(PretrainConfig(method=VICReg(), steps=50), digits)
     (tmp_path / "config.toml").write_text(to_toml(config))
-    stored.unfinished(tmp_path / "checkpoints", 20).mkdir(parents=True)
-    digests = stored.Digests(tmp_path / "checkpoints", 20)
+    manifest.unfinished(tmp_path / "checkpoints", 20).mkdir(parents=True)
+    digests = manifest.Digests(tmp_path / "checkpoints", 20)
     digests.stop()
-    stored.finish(tmp_path / "checkpoints", 20, about, {}, digests)
+    manifest.finish(tmp_path / "checkpoints", 20, about, {}, digests)
     return tmp_path
 
 
@@ -143,7 +140,7 @@ def test_the_same_data_may_lie_elsewhere(folder, about):
 
 
 def test_a_run_without_a_checkpoint_is_known_by_its_file(folder, about):
-    stored.remove(folder / "checkpoints" / "20")
+    manifest.remove(folder / "checkpoints" / "20")
     now = about | {"versions.jax": "0.99.0", "data_sha256": "0" * 64}
     assert compare(folder, now, ()) == [], "nothing was computed with the others"
     for change in ({"seed": 1}, {"data": "folder:other"}):

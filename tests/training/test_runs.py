@@ -21,16 +21,18 @@ from jemjax.cli import METHOD_NAMES, main
 from jemjax.data import open_data
 from jemjax.errors import DataError, UserError
 from jemjax.methods import DINO, VICReg
-from jemjax.training import duration, loop
-from jemjax.training.config import (
-    PretrainConfig,
-    resolve,
-    to_toml,
-    with_given_length,
-)
-from jemjax.training.mesh import make_mesh
-from jemjax.training.metrics import Display, MetricsFile, read_metrics, replacing
-from jemjax.training.output import check_folder, load_config
+from jemjax.training.config.file import to_toml
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.config.resolve import resolve, with_given_length
+from jemjax.training.reporting.display import Display
+from jemjax.training.reporting.metrics_file import MetricsFile, read_metrics
+from jemjax.training.run import duration
+from jemjax.training.run import pretrain as loop
+from jemjax.training.run.protocols import KNN, Protocol
+from jemjax.training.step.sharding import make_mesh
+from jemjax.training.storage.files import replacing
+from jemjax.training.storage.folder import check_folder
+from jemjax.training.storage.provenance import load_config
 
 # A network and a run so small that compilation is most of the time.
 TINY = [
@@ -126,7 +128,7 @@ def test_sharded_parameters_and_batches_in_parts_are_options(tmp_path):
 
 def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     one_device = functools.partial(make_mesh, 1)
-    monkeypatch.setattr("jemjax.training.run.make_mesh", one_device)
+    monkeypatch.setattr("jemjax.training.run.setup.make_mesh", one_device)
     timed = duration._seconds_of_a_step
 
     def a_twentieth(run, source):
@@ -154,6 +156,42 @@ def test_minutes_choose_the_steps_once(tmp_path, monkeypatch):
     again = loop.pretrain(config, Display(Console(file=said, width=200)))
     assert "begun with 12 steps" in said.getvalue()
     assert again["state_sha256"] == results["state_sha256"]
+
+
+class Widest(Protocol):
+    """The largest feature, as a protocol that somebody adds."""
+
+    name = "widest"
+
+    def measure(self, given):
+        return float(given.embedded.test.made.features.max())
+
+    def monitor(self, given):
+        return {"widest_so_far": self.measure(given)}, ["type 9: too wide"]
+
+
+def test_somebody_adds_a_protocol(tmp_path, monkeypatch):
+    one_device = functools.partial(make_mesh, 1)
+    monkeypatch.setattr("jemjax.training.run.setup.make_mesh", one_device)
+    config = PretrainConfig(
+        VICReg(projector=(64,)),
+        steps=4,
+        eval_every=2,
+        batch_size=64,
+        eval_examples=64,
+        final_examples=64,
+        output=str(tmp_path / "run"),
+    )
+    said = io.StringIO()
+    display = Display(Console(file=said, width=200))
+    results = loop.pretrain(config, display, protocols=(KNN(), Widest()))
+    assert {*results["widest"]} == {*results["knn"]}
+    assert {*results["knn"]} == {"trained", "untrained", "pixels"}
+    assert "linear" not in results and "collapse" not in results
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    [measured] = [row for row in rows if "knn" in row]
+    assert list(measured) == ["step", "knn", "widest_so_far", "collapse"]
+    assert "step 2: collapse, type 9: too wide" in said.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -476,10 +514,10 @@ def test_a_start_that_failed_does_not_lock_its_folder(tmp_path):
     assert os.listdir(tmp_path) == []
     for name in ("config.tmp", ".jemjax-hosts", ".jemjax-lock"):  # it was killed
         (tmp_path / name).touch()
-    check_folder(PretrainConfig(VICReg()), tmp_path)
+    check_folder(tmp_path, resume=False, overwrite=False)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files"):
-        check_folder(PretrainConfig(VICReg()), tmp_path)
+        check_folder(tmp_path, resume=False, overwrite=False)
 
 
 def test_metrics_are_rewound_to_the_restored_step(tmp_path):

@@ -13,10 +13,12 @@ import pytest
 from jemjax import cli
 from jemjax.errors import UserError
 from jemjax.methods import VICReg
-from jemjax.training import loop, output
-from jemjax.training.config import PretrainConfig
-from jemjax.training.metrics import read_metrics
-from jemjax.training.signals import NAMES, Signals
+from jemjax.training.config.options import PretrainConfig
+from jemjax.training.process.signals import NAMES, Signals
+from jemjax.training.reporting.metrics_file import read_metrics
+from jemjax.training.run import pretrain as loop
+from jemjax.training.run.loop import stop_by_signal
+from jemjax.training.storage import provenance
 
 PATIENCE = 120
 OPTIONS = ["--steps=30", "--batch-size=64", "--expander", "64", "--image-size=8"]
@@ -33,7 +35,8 @@ phase, marker = sys.argv.pop(1), sys.argv.pop(1)
 handlers = [signal.getsignal(number) for number in range(1, 32)]
 from jemjax import cli
 from jemjax.data import pipeline
-from jemjax.training import checkpoints, loop
+from jemjax.training.storage import checkpoints
+from jemjax.training.run import pretrain as loop
 assert handlers == [signal.getsignal(number) for number in range(1, 32)]
 
 def reach(seconds):
@@ -57,7 +60,7 @@ if phase == "compilation":  # between lowering and XLA's part
 elif phase == "step":
     replace(checkpoints.Checkpoints, "preempted", 0.2, lambda self, step: step > 4)
 elif phase == "evaluation":
-    replace(loop, "embed_examples", 600)
+    replace(loop, "monitor", 600)
 elif phase == "data":
     replace(pipeline, "_gather", 600, lambda source, crops, seed, number, _: number > 6)
 elif phase == "save":
@@ -157,7 +160,7 @@ def test_a_signal_in_any_phase_ends_in_the_same_bytes(
 
 IN_XLA = """
 import jax, signal
-from jemjax.training.signals import Signals
+from jemjax.training.process.signals import Signals
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 endless = jax.jit(
@@ -198,9 +201,9 @@ def test_the_command_that_is_printed_has_what_resuming_needs(tmp_path, monkeypat
         fallback=False,
         allow_change=("views", "backbone"),
     )
-    output.write_config(given, tmp_path)
+    provenance.write_config(given, tmp_path)
     with pytest.raises(UserError) as stopped:
-        loop._stop(Signals(), given, "after step 1")
+        stop_by_signal(Signals(), given, "after step 1")
     resumed = []
     monkeypatch.setattr(loop, "pretrain", resumed.append)
     monkeypatch.setattr("jemjax.runtime.prepare_process", lambda: None)

@@ -35,11 +35,11 @@ from jemjax.evaluation import normalized_std
 from jemjax.methods import VICReg
 from jemjax.models import ViT
 from jemjax.runtime import quick_compilation
-from jemjax.training import mesh
-from jemjax.training.checkpoints import Checkpoints, fingerprint
-from jemjax.training.mesh import batch_sharding, make_mesh, to_devices
-from jemjax.training.state import Skipped
-from jemjax.training.step import Branches, Statistics
+from jemjax.training.step import sharding
+from jemjax.training.step.branch import Branches, Statistics
+from jemjax.training.step.sharding import batch_sharding, make_mesh, to_devices
+from jemjax.training.step.state import Skipped
+from jemjax.training.storage.checkpoints import Checkpoints, fingerprint
 
 METHODS = every_method()
 
@@ -245,7 +245,7 @@ def test_sharded_parameters_take_the_same_steps_in_less_memory():
 @pytest.mark.slow
 @METHODS
 def test_sharded_parameters_take_the_same_twenty_steps(name, monkeypatch):
-    monkeypatch.setattr(mesh, "MINIMUM_SHARDED", 1)
+    monkeypatch.setattr(sharding, "MINIMUM_SHARDED", 1)
     sharded = Setup(tiny_method(name), 8, fsdp=4)
     spec = jax.tree.map(lambda x: x.sharding.spec, sharded.init().params)
     assert any("fsdp" in s for s in jax.tree.leaves(spec, is_leaf=_is_spec))
@@ -272,14 +272,14 @@ def _is_spec(x):
     ids=str,
 )
 def test_the_rule_by_which_parameters_are_sharded(shape, fsdp, expected):
-    assert mesh.parameter_spec(shape, fsdp) == expected
+    assert sharding.parameter_spec(shape, fsdp) == expected
 
 
 def test_a_mesh_is_divided_without_rest():
-    assert mesh.make_mesh(8, fsdp=2).shape == {"data": 4, "fsdp": 2}
+    assert sharding.make_mesh(8, fsdp=2).shape == {"data": 4, "fsdp": 2}
     for fsdp in (0, 3):
         with pytest.raises(ValueError, match=f"fsdp: got {fsdp}, expected a divisor"):
-            mesh.make_mesh(8, fsdp=fsdp)
+            sharding.make_mesh(8, fsdp=fsdp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,10 +290,10 @@ class _Chip:
 
 def test_a_mesh_has_host_after_host_wherever_their_chips_are(monkeypatch):
     chips = [_Chip(number, number // 2 % 4) for number in range(16)]
-    monkeypatch.setattr(mesh.jax, "devices", lambda: chips)
-    monkeypatch.setattr(mesh, "Mesh", lambda devices, *_, **__: devices)
+    monkeypatch.setattr(sharding.jax, "devices", lambda: chips)
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
     for fsdp in (1, 4):
-        hosts = [chip.process_index for chip in mesh.make_mesh(fsdp=fsdp).flat]
+        hosts = [chip.process_index for chip in sharding.make_mesh(fsdp=fsdp).flat]
         assert hosts == sorted(hosts)
 
 

@@ -1,0 +1,1 @@
+"""What a run sees and does, looked at by people."""

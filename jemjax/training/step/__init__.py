@@ -1,0 +1,1 @@
+"""One step, which needs nothing of a run: state, branches, loss, update."""
