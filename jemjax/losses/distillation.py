@@ -361,7 +361,9 @@ def _jvp_of(function, varied, primals, tangents):
             arrays[index] = array
         return function(*arrays)
 
-    return jax.jvp(of_varied, *[[of[i] for i in varied] for of in (primals, tangents)])
+    return jax.jvp(
+        of_varied, [primals[i] for i in varied], [tangents[i] for i in varied]
+    )
 
 
 def _entropy_and_gradient(logits, targets, temperature):
