@@ -43,9 +43,9 @@ class Checkpoints:
     """The checkpoints of one run: `checkpoints/STEP` in its folder, the newest two.
 
     A state counts as saved once its manifest is on the disk, with which its files are
-    compared before they are used (`jemjax.training.storage.manifest`). Of several hosts each has
-    its part in every method, and calls it with the others; the first writes manifests
-    and deletes.
+    compared before they are used (`jemjax.training.storage.manifest`). Of several hosts
+    each has its part in every method, and calls it with the others; the first writes
+    manifests and deletes.
 
     Args:
         run: the folder of the run.
