@@ -143,6 +143,7 @@ def cosine(start: Scalar, end: Scalar, total_steps: Scalar) -> Schedule:
             left = jnp.clip((total_steps - step) / total_steps, 0, 1)
         # (1 + cos(pi (1 - left))) / 2, in the form that keeps its digits near the end.
         share = jnp.square(jnp.sin(0.5 * jnp.pi * left))
+        # It is one already; the types of NumPy's numbers do not say so.
         return jnp.asarray(end + (start - end) * share)
 
     return schedule
